@@ -1,0 +1,151 @@
+"""An image folder: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, decoded once and cached as arrays.
+
+An optional DIR/dataset.json may hold `name`, `mean` and `std`; otherwise the folder's name is used and the
+statistics are computed from the training images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from tersor.data.arrays import ArraySet, Splits, split
+from tersor.errors import DataError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+def cache_dir() -> pathlib.Path:
+    """Where decoded images are kept: $TERSOR_CACHE, else the user's cache directory."""
+    if set_dir := os.environ.get("TERSOR_CACHE"):
+        return pathlib.Path(set_dir)
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "tersor"
+
+
+def load_folder(
+    directory: str | os.PathLike[str], *, seed: int = 0, num_calibration: int = 512
+) -> Splits:
+    """Read an image folder. All images must have one size (the first training image's).
+
+    Raises DataError for a missing folder, no images, a class that only the test part has, an image that
+    cannot be read or has another size; the message names the file.
+    """
+    root = pathlib.Path(directory)
+    train_files = _files(root / "train")
+    test_files = _files(root / "test")
+    classes = tuple(sorted({f.parent.name for f in train_files}))
+    if unknown := sorted({f.parent.name for f in test_files} - set(classes)):
+        raise DataError(f"{root / 'test'}: class {unknown[0]!r} has no training images")
+    settings = _settings(root)
+    train = _cached(train_files, classes)
+    test = _cached(test_files, classes, expected=train.images.shape[1:])
+    mean, std = settings.get("mean"), settings.get("std")
+    if mean is None or std is None:
+        mean, std = channel_statistics(train.images)
+    return split(
+        str(settings.get("name", root.resolve().name)),
+        train,
+        test,
+        classes,
+        tuple(float(m) for m in mean),
+        tuple(float(s) for s in std),
+        seed=seed,
+        num_calibration=num_calibration,
+    )
+
+
+def channel_statistics(
+    images: npt.NDArray[np.uint8],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of images (N, C, H, W) scaled to 0..1, 4 digits."""
+    counts = np.stack(
+        [np.bincount(images[:, c].reshape(-1), minlength=256) for c in range(images.shape[1])]
+    )
+    level = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ level
+    std = np.sqrt(np.maximum(share @ level**2 - mean**2, 1e-8))
+    return tuple(np.round(mean, 4).tolist()), tuple(np.round(std, 4).tolist())
+
+
+def _files(part: pathlib.Path) -> list[pathlib.Path]:
+    if not part.is_dir():
+        raise DataError(
+            f"no such directory: {part}; an image folder needs train/CLASS/*.jpg and test/CLASS/*.jpg"
+        )
+    files = sorted(p for p in part.glob("*/*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(
+            f"{part}: no images found in CLASS/ folders; allowed endings: {', '.join(sorted(SUFFIXES))}"
+        )
+    return files
+
+
+def _settings(root: pathlib.Path) -> dict[str, Any]:
+    path = root / "dataset.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    allowed = {"name", "mean", "std"}
+    if not isinstance(found, dict) or set(found) - allowed:
+        raise DataError(f"{path}: expected an object with {', '.join(sorted(allowed))} only")
+    return found
+
+
+def _cached(
+    files: list[pathlib.Path], classes: tuple[str, ...], expected: tuple[int, ...] | None = None
+) -> ArraySet:
+    """Decode `files`, or map the arrays that an earlier call with the same files left in the cache."""
+    key = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        key.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    labels = np.array([classes.index(f.parent.name) for f in files], np.int64)
+    path = cache_dir() / f"{key.hexdigest()[:32]}.npy"
+    if path.exists():
+        images = np.load(path)
+    else:
+        images = _decode(files, expected)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("wb") as stream:
+            np.save(stream, images)
+        temporary.replace(path)
+    if expected is not None and images.shape[1:] != tuple(expected):
+        raise DataError(
+            f"{files[0]}: size {images.shape[1:]} differs from the training images' {tuple(expected)}"
+        )
+    return ArraySet(images, labels)
+
+
+def _decode(
+    files: list[pathlib.Path], expected: tuple[int, ...] | None
+) -> npt.NDArray[np.uint8]:
+    images: npt.NDArray[np.uint8] | None = None
+    for index, file in enumerate(files):
+        try:
+            with Image.open(file) as image:
+                pixels = np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            raise DataError(f"{file}: not a readable image ({error}); remove or replace it") from None
+        if images is None:
+            images = np.empty((len(files), *(expected or pixels.shape)), np.uint8)
+        if pixels.shape != images.shape[1:]:
+            raise DataError(
+                f"{file}: is {pixels.shape[2]}x{pixels.shape[1]} pixels, the others are "
+                f"{images.shape[3]}x{images.shape[2]}; resize the images to one size"
+            )
+        images[index] = pixels
+    assert images is not None, "callers pass at least one file"
+    return images
