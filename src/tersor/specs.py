@@ -79,7 +79,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class Prune(Spec, kind="prune"):
     """Remove a share `sparsity` (0 to 1, exclusive of 1) of the weights with the lowest saliency.
 
-    `scope` "layer" removes that share of every layer, "global" ranks all layers together.
+    `scope` "layer" removes that share of every layer, "global" ranks all layers together; no layer falls
+    below the density `floor`.
     `exclude` names layers left alone: exact names, or `re:PATTERN` (a full match).
     """
 
@@ -87,9 +88,14 @@ class Prune(Spec, kind="prune"):
     criterion: str = "l1"
     structure: str = "unstructured"
     scope: str = "layer"
+    floor: float = 0.01
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _require(
+            isinstance(self.floor, (int, float)) and 0 <= self.floor <= 1,
+            f"prune.floor is the least density of a layer, 0 to 1, got {self.floor!r}",
+        )
         _require(
             isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1,
             f"prune.sparsity is the share removed: at least 0 and below 1, got {self.sparsity!r}",

@@ -1,1 +1,1 @@
-"""To be written."""
+"""Arrays in, arrays out: criteria, masks, observers and affine codes."""

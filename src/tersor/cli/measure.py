@@ -1,0 +1,180 @@
+"""Commands that look at a model and change nothing: evaluate, benchmark, inspect."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from tersor.cli.output import Output, say, show_table, watching
+from tersor.errors import SpecError
+
+Model = Annotated[
+    str, arg(metavar="MODEL", help="NAME | torchvision:NAME | FILE.py:FUNCTION | FILE.tersor")
+]
+Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
+Weights = Annotated[
+    str | None, arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only")
+]
+
+
+def evaluate(
+    model: Positional[Model],
+    /,
+    *,
+    data: Data,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    original: str | None = None,
+    original_weights: Weights = None,
+    part: str = "test",
+    engine: str = "onnxruntime",
+    threads: int | None = None,
+    output: Output = Output(),  # noqa: B008
+) -> dict[str, Any]:
+    """Accuracy of a network or a .tersor file, with a paired interval against an original.
+
+    Args:
+        original: the model to compare with, on the same images
+        part: test, validation or train
+    """
+    from tersor.bench.evaluate import evaluate as judge
+    from tersor.bench.stats import paired_interval
+    from tersor.data import load_data
+    from tersor.pipeline import resolve
+
+    if part not in ("test", "validation", "train"):
+        raise SpecError(f"--part must be test, validation or train, got {part!r}")
+    if original_weights is not None and original is None:
+        raise SpecError("--original-weights does nothing without --original")
+    subject = resolve(model, weights=weights, num_classes=num_classes)
+    other = None if original is None else resolve(original, weights=original_weights)
+    splits = load_data(data)
+    scores = []
+    with watching() as watch:
+        for each in (subject, other):
+            if each is None:
+                continue
+            session = each.session(splits.input_shape, engine=engine, threads=threads)
+            label = f"evaluate {each.name}"
+            scores.append(judge(session, splits, part, on_progress=lambda s, t=label: watch(t, s)))  # type: ignore[misc]
+    size = _bytes_of(weights if subject.path is None else subject.path)
+    answer: dict[str, Any] = {
+        "model": model,
+        "data": splits.name,
+        "part": part,
+        "accuracy": scores[0].accuracy,
+        "num_samples": scores[0].num_samples,
+        "size_bytes": size,
+        "engine": session.engine,
+        "threads": session.threads,
+        "interval": None,
+    }
+    say(output, f"accuracy {scores[0].accuracy:.2%} (n = {scores[0].num_samples}, {splits.name}, {part})")
+    if len(scores) == 2:
+        interval = paired_interval(scores[0], scores[1])
+        answer["interval"] = interval.to_dict()
+        say(
+            output,
+            f"against {original}: {interval.difference_pt:+.2f} points "
+            f"({interval.level:.0%} interval {interval.low_pt:+.2f} to {interval.high_pt:+.2f}, "
+            f"McNemar p = {interval.p_value:.3g})",
+        )
+    return answer
+
+
+def _bytes_of(path: pathlib.Path | str | None) -> int | None:
+    return None if path is None else pathlib.Path(path).stat().st_size
+
+
+def benchmark(
+    model: Positional[Model],
+    /,
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    original: str | None = None,
+    original_weights: Weights = None,
+    batch: tuple[int, ...] = (1, 64),
+    engine: tuple[str, ...] = ("onnxruntime",),
+    threads: int | None = None,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+    seconds: float = 10.0,
+    output: Output = Output(),  # noqa: B008
+) -> dict[str, Any]:
+    """Time a network or a .tersor file on this machine's engines, interleaved in one run.
+
+    Args:
+        original: another model timed in the same run, for a ratio
+        engine: onnxruntime, torch (a network only)
+        input_shape: channels height width of one input (a .tersor file knows its own)
+        seconds: time spent on each batch size
+    """
+    from tersor.bench.environment import environment
+    from tersor.bench.timing import time_sessions
+    from tersor.pipeline import input_shape_of, resolve
+
+    if bad := [b for b in batch if b < 1]:
+        raise SpecError(f"--batch must be 1 or more, got {bad[0]}")
+    subjects = [resolve(model, weights=weights, num_classes=num_classes)]
+    if original is not None:
+        subjects.append(resolve(original, weights=original_weights))
+    for subject in subjects:
+        if subject.artifact is not None:
+            input_shape = input_shape_of(subject.artifact.to_onnx())
+    sessions = {}
+    for subject in subjects:
+        for name in engine:
+            if name == "torch" and subject.module is None and len(subjects) > 1:
+                continue  # a deployed file has no module; the original still runs there
+            sessions[f"{subject.name} on {name}"] = subject.session(
+                input_shape, engine=name, threads=threads
+            )
+    rows = []
+    for size in batch:
+        timings = time_sessions(sessions, input_shape, size, seconds=seconds)
+        rows += [{"model": name.rpartition(" on ")[0], **t.to_dict()} for name, t in timings.items()]
+    around = environment()
+    columns = ("model", "engine", "batch", "threads", "median_ms", "p05_ms", "p95_ms", "repeats")
+    show_table(output, f"on {around['cpu']}", columns, [[r[c] for c in columns] for r in rows])
+    return {"timings": rows, "environment": around}
+
+
+def inspect(
+    model: Positional[Model],
+    /,
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    output: Output = Output(),  # noqa: B008
+) -> dict[str, Any]:
+    """What a .tersor file holds, or which layers a network has: shape, encoding, bytes, density."""
+    from tersor.artifact import inspect_file
+    from tersor.graph.layers import weight_layers
+    from tersor.pipeline import resolve
+
+    if model.endswith(".tersor"):
+        resolve(model, weights=weights, num_classes=num_classes)  # refuses options that do not apply
+        answer = inspect_file(model)
+    else:
+        module = resolve(model, weights=weights, num_classes=num_classes).need_module("inspect")
+        layers = [
+            {
+                "name": name,
+                "shape": list(layer.weight.shape),
+                "dtype": str(layer.weight.dtype).removeprefix("torch."),
+                "size_bytes": layer.weight.numel() * layer.weight.element_size(),
+                "density": float((layer.weight != 0).float().mean()),
+            }
+            for name, layer in weight_layers(module)
+        ]
+        parameters = sum(p.numel() for p in module.parameters())
+        answer = {"model": model, "parameters": parameters, "layers": layers}
+    layers = answer["layers"]
+    columns = [c for c in ("name", "shape", "dtype", "encoding", "size_bytes", "bits_per_weight", "density") if layers and c in layers[0]]
+    show_table(output, model, columns, [[layer[c] for c in columns] for layer in layers])
+    for key in ("parameters", "size_bytes", "format_version"):
+        if key in answer:
+            say(output, f"{key}: {answer[key]:,}")
+    return answer

@@ -1,0 +1,92 @@
+"""What a command prints: text and tables for people, or one JSON object; progress goes to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from tersor.methods.finetune import Progress as TrainingProgress
+
+Watch = Callable[[str, float], None]
+
+
+@dc.dataclass(frozen=True)
+class Output:
+    """How the answer is printed.
+
+    Attributes:
+        json: print one JSON object on stdout; text and progress go to stderr
+        debug: show the traceback of an error
+    """
+
+    json: bool = False
+    debug: bool = False
+
+
+def console(output: Output) -> Console:
+    """The console for people: stdout, or stderr when stdout belongs to JSON."""
+    return Console(stderr=output.json, highlight=False, soft_wrap=True)
+
+
+def say(output: Output, text: str) -> None:
+    """Print a line as it is: square brackets are not markup."""
+    console(output).print(Text(text))
+
+
+def show_table(
+    output: Output, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Print a table; numbers stand right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        number = bool(rows) and all(isinstance(r[index], int | float | None) for r in rows)
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    console(output).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Watch]:
+    """A progress line on stderr: a live bar on a terminal, one line a step elsewhere."""
+    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not screen.is_terminal:
+        last = ["", -1]
+
+        def line(text: str, share: float) -> None:
+            tenth = int(share * 10)
+            if (text.split(":")[0], tenth) != tuple(last):
+                last[:] = [text.split(":")[0], tenth]
+                screen.print(Text(f"{share:4.0%} {text}"))
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task("start", total=1.0)
+        yield lambda text, share: bar.update(task, description=text, completed=share)
+
+
+def training_watch(watch: Watch, label: str) -> Callable[[TrainingProgress], None]:
+    """Show a training's progress: epoch, loss, images a second and time left."""
+    return lambda p: watch(
+        f"{label}: epoch {p.epoch:.1f}, loss {p.loss:.3f}, {p.images_per_s:.0f} images/s, "
+        f"{p.left_s:.0f} s left",
+        p.step / p.num_steps,
+    )

@@ -1,0 +1,108 @@
+"""Commands that run many measurements: the demonstration, the study, and their report."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from tersor.cli.output import Output, say, watching
+from tersor.errors import RunError, SpecError
+from tersor.study.settings import StudySettings
+
+Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
+
+DEMO = StudySettings(
+    models=("digits_net",),
+    sparsities=(0.8,),
+    scopes=("global",),
+    num_calibration=256,
+    train_epochs=30.0,
+    train_learning_rate=0.1,
+    batch_size=64,
+    augment="crop",
+    finetune_epochs=(10.0,),
+    batches=(1, 64),
+    timing_seconds=4.0,
+)
+
+
+def demo(*, out: str = "runs/demo", output: Output = Output()) -> dict[str, Any]:  # noqa: B008
+    """Train, prune and quantize a small network on scikit-learn's digits, and measure every form.
+
+    Args:
+        out: directory for rows, files and the report
+    """
+    return _run(DEMO, "digits", out, {}, output)
+
+
+def study(
+    *,
+    data: Data,
+    out: str,
+    weights: tuple[str, ...] = (),
+    settings: StudySettings = StudySettings(),  # noqa: B008
+    output: Output = Output(),  # noqa: B008
+) -> dict[str, Any]:
+    """Run the study: pruning and quantization of each network, with tables, figures and a page.
+
+    Args:
+        out: directory for rows, files and the report; the same call again goes on where it stopped
+        weights: trained float weights, NAME=FILE for each network; a network without is trained first
+    """
+    named = {}
+    for item in weights:
+        name, equals, file = item.partition("=")
+        if not equals:
+            raise SpecError(f"--weights {item!r}: expected NAME=FILE, for instance resnet18=net.safetensors")
+        named[name] = file
+    return _run(settings, data, out, named, output)
+
+
+def _run(
+    settings: StudySettings, data: str, out: str, weights: dict[str, str], output: Output
+) -> dict[str, Any]:
+    from tersor.data import load_data
+    from tersor.report import summary, text_tables
+    from tersor.study.journal import read_rows
+    from tersor.study.run import run_study
+
+    directory = pathlib.Path(out)
+    splits = load_data(data, seed=settings.seed, num_calibration=max(2048, settings.num_calibration))
+    with watching() as watch:
+        page = run_study(settings, splits, directory, weights=weights, watch=watch)
+    rows = read_rows(directory / "rows.jsonl")
+    say(output, text_tables(rows))
+    say(output, f"report: {page}")
+    return {"report": str(page), "rows": len(rows), "summary": summary(rows)}
+
+
+def report(
+    directory: Positional[Annotated[str, arg(metavar="DIR")]],
+    /,
+    *,
+    markdown: str | None = None,
+    output: Output = Output(),  # noqa: B008
+) -> dict[str, Any]:
+    """Write the tables, figures and page of a directory that holds rows.jsonl.
+
+    Args:
+        markdown: also write the Markdown tables to this file
+    """
+    from tersor.report import markdown as to_markdown
+    from tersor.report import text_tables, write_report
+    from tersor.study.journal import read_rows
+
+    source = pathlib.Path(directory) / "rows.jsonl"
+    if not source.is_file():
+        raise RunError(f"no such file: {source}; a study or the demonstration writes it")
+    rows = read_rows(source)
+    page = write_report(rows, pathlib.Path(directory))
+    say(output, text_tables(rows))
+    say(output, f"report: {page}")
+    answer: dict[str, Any] = {"report": str(page), "rows": len(rows)}
+    if markdown is not None:
+        pathlib.Path(markdown).write_text(to_markdown(rows))
+        answer["markdown"] = markdown
+    return answer

@@ -1,0 +1,174 @@
+"""From what a person names to a compressed file: the few compositions that commands and studies share."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from torch import nn
+
+from tersor.artifact import Artifact, load, pack, save
+from tersor.data.arrays import Splits
+from tersor.engines import Session, open_session
+from tersor.errors import ModelError, SpecError
+from tersor.graph.export import export_onnx
+from tersor.methods import prune as pruning
+from tersor.methods import quantize as quantization
+from tersor.methods.finetune import Progress, Trained, finetune
+from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.models.load import load_model
+from tersor.specs import Finetune, Plan, Prune, Quantize
+
+CALIBRATION_BATCH = 64
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Subject:
+    """A model a person named: a module, or the artifact of a `.tersor` file."""
+
+    name: str
+    module: nn.Module | None
+    artifact: Artifact | None
+    path: pathlib.Path | None = None
+
+    def graph(self, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+        """The deployment graph for inputs (N, *input_shape)."""
+        if self.artifact is not None:
+            return self.artifact.to_onnx()
+        assert self.module is not None, "a subject is a module or an artifact"
+        return export_onnx(self.module, input_shape)
+
+    def need_module(self, purpose: str) -> nn.Module:
+        """The module, or a ModelError that says why a file will not do."""
+        if self.module is None:
+            raise ModelError(
+                f"{purpose} needs the network itself, and {self.name} is a deployed file; "
+                "name the network and its --weights instead"
+            )
+        return self.module
+
+    def session(
+        self, input_shape: tuple[int, int, int], *, engine: str, threads: int | None
+    ) -> Session:
+        """Open the model on an engine; `torch` runs the module itself."""
+        if engine == "torch":
+            return open_session(self.need_module("the engine 'torch'"), engine=engine, threads=threads)
+        return open_session(self.graph(input_shape), engine=engine, threads=threads)
+
+
+def resolve(
+    name: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> Subject:
+    """`NAME | torchvision:NAME | FILE.py:FUNCTION | FILE.tersor` to a Subject."""
+    if not name.endswith(".tersor"):
+        module = load_model(name, weights=weights, num_classes=num_classes, seed=seed)
+        return Subject(name, module, None)
+    for flag, value in (("--weights", weights), ("--num-classes", num_classes)):
+        if value is not None:
+            raise SpecError(f"{flag} does not apply to {name}: the file holds its own weights")
+    return Subject(name, None, load(name), pathlib.Path(name))
+
+
+def input_shape_of(graph: onnx.ModelProto) -> tuple[int, int, int]:
+    """(C, H, W) that a deployment graph takes. Raises ModelError when it is not fixed."""
+    dims = [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim]
+    if len(dims) != 4 or not all(dims[1:]):
+        raise ModelError(f"the graph's input has dimensions {dims}; expected (batch, C, H, W)")
+    return dims[1], dims[2], dims[3]
+
+
+def calibration_batches(
+    splits: Splits, num_images: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Unlabelled calibration inputs, `num_images` at most, normalised, in batches."""
+    part = splits.calibration
+    if num_images > len(part):
+        raise SpecError(
+            f"{num_images} calibration images asked for, {splits.name} was loaded with {len(part)}; "
+            "lower --num-calibration"
+        )
+    return splits.batches(part.take(np.arange(num_images)), CALIBRATION_BATCH)
+
+
+@dc.dataclass(frozen=True)
+class PrunedModel:
+    """A pruned network in the three states the study compares; a state not asked for is None."""
+
+    one_shot: nn.Module
+    reestimated: nn.Module | None
+    finetuned: Trained | None
+    plan: Plan
+
+    @property
+    def module(self) -> nn.Module:
+        """The furthest state."""
+        if self.finetuned is not None:
+            return self.finetuned.module
+        return self.one_shot if self.reestimated is None else self.reestimated
+
+
+def prune_model(
+    module: nn.Module,
+    splits: Splits,
+    spec: Prune,
+    *,
+    reestimate: bool = True,
+    recovery: Finetune | None = None,
+    checkpoint: pathlib.Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    seed: int = 0,
+) -> PrunedModel:
+    """Prune, re-estimate batch norm from calibration inputs, and fine-tune with the masks kept."""
+    pruned = pruning.prune(module, spec, seed=seed)
+    fresh = None
+    if reestimate:
+        fresh = reestimate_batch_norm(
+            pruned.module, calibration_batches(splits, len(splits.calibration))
+        )
+    tuned = None
+    if recovery is not None:
+        tuned = finetune(
+            fresh or pruned.module,
+            splits,
+            recovery,
+            masks=pruned.masks,
+            teacher=module if recovery.distill > 0 else None,
+            checkpoint=checkpoint,
+            on_progress=on_progress,
+        )
+    return PrunedModel(pruned.module, fresh, tuned, pruned.plan)
+
+
+def quantize_graph(
+    graph: onnx.ModelProto, splits: Splits | None, spec: Quantize
+) -> quantization.Quantized:
+    """Quantize a deployment graph; only static quantization reads calibration inputs."""
+    if spec.mode != "static":
+        return quantization.quantize(graph, spec)
+    if splits is None:
+        raise SpecError("static quantization needs calibration inputs; give --data")
+    return quantization.quantize(graph, spec, calibration_batches(splits, spec.num_calibration))
+
+
+def write(
+    graph: onnx.ModelProto,
+    path: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> int:
+    """Pack a deployment graph into a `.tersor` file; returns its bytes on disk."""
+    told = {"tersor": importlib.metadata.version("tersor"), **(provenance or {})}
+    artifact = pack(graph, plan=None if plan is None else plan.to_dict(), provenance=told)
+    return save(artifact, path)

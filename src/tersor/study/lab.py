@@ -1,0 +1,316 @@
+"""The measurements of a study: each appends its rows to the journal and is skipped when they are there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses as dc
+import datetime
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tersor.bench.environment import environment
+from tersor.bench.evaluate import evaluate
+from tersor.bench.stats import paired_interval
+from tersor.bench.timing import time_sessions
+from tersor.data.arrays import Splits
+from tersor.engines import Session, open_session
+from tersor.errors import RunError
+from tersor.graph.export import export_onnx
+from tersor.graph.fold import fold_copies_
+from tersor.methods.finetune import Progress, finetune
+from tersor.methods.quantize import Quantized
+from tersor.models.load import load_model, load_weights_, save_weights
+from tersor.pipeline import prune_model, quantize_graph, write
+from tersor.results import Score
+from tersor.specs import Finetune, Plan, Prune, Quantize
+from tersor.study.journal import Journal
+from tersor.study.settings import StudySettings
+
+Watch = Callable[[str, float], None]  # what is done, and the share of it that is finished (0 to 1)
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Lab:
+    """Where a study works: its settings, its data, its directory and its journal."""
+
+    settings: StudySettings
+    splits: Splits
+    out: pathlib.Path
+    journal: Journal
+    weights: dict[str, str]
+    watch: Watch
+
+    @property
+    def work(self) -> pathlib.Path:
+        """Intermediate files: float weights, checkpoints, per-sample results."""
+        path = self.out / "work"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def record(self, model: str, row: dict[str, Any]) -> None:
+        """Append a row with the facts that every row carries."""
+        around = environment()
+        self.journal.append(
+            {
+                **row,
+                "model": model,
+                "data": self.splits.name,
+                "seed": self.settings.seed,
+                "threads": self.settings.threads,
+                "cpu": around["cpu"],
+                "flags": around["flags"],
+                "versions": around["versions"],
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }
+        )
+
+    def missing(self, **key: Any) -> bool:
+        """True when the journal holds no row with all these values."""
+        return not self.journal.find(**key)
+
+    def progress(self, label: str) -> Callable[[Progress], None]:
+        """A training's progress as this study shows it."""
+        return lambda p: self.watch(
+            f"{label}: epoch {p.epoch:.1f}, loss {p.loss:.3f}, {p.images_per_s:.0f} images/s, "
+            f"{p.left_s:.0f} s left",
+            p.step / p.num_steps,
+        )
+
+
+def float_module(lab: Lab, model: str) -> nn.Module:
+    """The trained float network: from the weights given, else trained once and kept in the study's directory."""
+    given = lab.weights.get(model)
+    if given is not None:
+        return load_model(model, weights=given)
+    path = lab.work / f"{model}.safetensors"
+    module = load_model(model, seed=lab.settings.seed)
+    if path.exists():
+        load_weights_(module, path)
+        return module
+    spec = Finetune(
+        epochs=lab.settings.train_epochs,
+        learning_rate=lab.settings.train_learning_rate,
+        batch_size=lab.settings.batch_size,
+        augment=lab.settings.augment,
+        seed=lab.settings.seed,
+    )
+    checkpoint = lab.work / f"{model}.train.pt"
+    trained = finetune(
+        module, lab.splits, spec, checkpoint=checkpoint, on_progress=lab.progress(f"train {model}")
+    )
+    save_weights(trained.module, path)
+    if lab.missing(kind="training", model=model):
+        lab.record(
+            model,
+            {
+                "kind": "training",
+                "recipe": spec.to_dict(),
+                "epochs": spec.epochs,
+                "seconds": round(trained.seconds, 1),
+                "images_per_s": trained.history[-1]["images_per_s"] if trained.history else None,
+                "precision": trained.precision,
+                "history": list(trained.history),
+            },
+        )
+    checkpoint.unlink(missing_ok=True)
+    return trained.module
+
+
+def measure_float(lab: Lab, model: str, module: nn.Module) -> Score:
+    """Accuracy and bytes of the float file on ONNX Runtime; the score every other row is compared with."""
+    kept = lab.work / f"{model}.float.npy"
+    key = {"kind": "accuracy", "model": model, "variant": "float"}
+    if not lab.missing(**key) and kept.exists():
+        return Score(np.load(kept))
+    lab.watch(f"{model} float: export", 0.0)
+    graph = export_onnx(module, lab.splits.input_shape)
+    size = write(graph, lab.out / "models" / f"{model}.float.tersor")
+    score = judge(lab, f"{model} float", open_session(graph, threads=lab.settings.threads))
+    np.save(kept, score.per_sample)
+    if lab.missing(**key):
+        lab.record(model, accuracy_row("float", score, None, size))
+    return score
+
+
+def accuracy_row(variant: str, score: Score, original: Score | None, size_bytes: int | None) -> dict[str, Any]:
+    """The part of an accuracy row that every variant has; the caller adds or replaces what is special."""
+    interval = None if original is None else paired_interval(score, original).to_dict()
+    return {
+        "kind": "accuracy",
+        "variant": variant,
+        "scope": "",
+        "sparsity": 0.0,
+        "recovery": "",
+        "engine": "onnxruntime",
+        "precision": "float32" if variant in ("float", "pruned") else "int8",
+        "accuracy": score.accuracy,
+        "num_samples": score.num_samples,
+        "interval": interval,
+        "size_bytes": size_bytes,
+    }
+
+
+def judge(lab: Lab, label: str, session: Session) -> Score:
+    """Evaluate on the test split, shown as `label`."""
+    return evaluate(
+        session, lab.splits, on_progress=lambda share: lab.watch(f"{label}: evaluate", share)
+    )
+
+
+def measure_quantized(lab: Lab, model: str, module: nn.Module, mode: str, original: Score) -> None:
+    """Quantize in one mode: bytes, accuracy on ONNX Runtime, coverage."""
+    key = {"kind": "accuracy", "model": model, "variant": mode}
+    if not lab.missing(**key):
+        return
+    quantized = quantized_form(lab, model, module, mode)
+    path = lab.out / "models" / f"{model}.{mode}.tersor"
+    size = write(quantized.graph, path, plan=quantized.plan)
+    session = open_session(quantized.graph, threads=lab.settings.threads)
+    score = judge(lab, f"{model} {mode}", session)
+    if lab.missing(kind="coverage", model=model, variant=mode):
+        lab.record(model, coverage_row(mode, quantized.plan, quantized.macs_share, quantized.bytes_share))
+    lab.record(model, accuracy_row(mode, score, original, size))
+
+
+def quantized_form(lab: Lab, model: str, module: nn.Module, mode: str) -> Quantized:
+    """The quantized graph of a float module, from the study's settings."""
+    lab.watch(f"{model} {mode}: calibrate and quantize", 0.0)
+    spec = Quantize(
+        mode=mode, observer=lab.settings.observer, num_calibration=lab.settings.num_calibration
+    )
+    return quantize_graph(export_onnx(module, lab.splits.input_shape), lab.splits, spec)
+
+
+def coverage_row(
+    variant: str, plan: Plan, macs_share: float | None, bytes_share: float | None
+) -> dict[str, Any]:
+    """What was done to each layer, or why not."""
+    layers = [
+        {k: v for k, v in decision.to_dict().items() if k != "kind"} for decision in plan.layers
+    ]
+    return {
+        "kind": "coverage",
+        "variant": variant,
+        "layers": layers,
+        "macs_share": macs_share,
+        "bytes_share": bytes_share,
+    }
+
+
+def measure_timing(lab: Lab, model: str, module: nn.Module, batch: int) -> None:
+    """Time eager float32, ONNX Runtime's float32 and each quantized form, interleaved in one run."""
+    if not lab.missing(kind="timing", model=model, batch=batch):
+        return
+    threads = lab.settings.threads
+    graph = export_onnx(module, lab.splits.input_shape)
+    sessions: dict[str, Session] = {
+        "float/torch": open_session(module, engine="torch", threads=threads),
+        "float/onnxruntime": open_session(graph, threads=threads),
+    }
+    for mode in lab.settings.modes:
+        quantized = quantized_form(lab, model, module, mode)
+        sessions[f"{mode}/onnxruntime"] = open_session(quantized.graph, threads=threads)
+    lab.watch(f"{model}: time {len(sessions)} forms at batch {batch}", 0.0)
+    timings = time_sessions(
+        sessions, lab.splits.input_shape, batch, seconds=lab.settings.timing_seconds
+    )
+    eager = timings["float/torch"].median_ms
+    # One append for all forms would be cleaner still; a kill between them repeats the whole, which is safe.
+    for name, timing in reversed(timings.items()):
+        ratio = timing.median_ms / eager
+        row = {"kind": "timing", "variant": name.split("/")[0], **timing.to_dict(), "ratio": ratio}
+        lab.record(model, row)
+
+
+def measure_pruned(
+    lab: Lab, model: str, module: nn.Module, scope: str, sparsity: float, original: Score
+) -> None:
+    """One sparsity in its three states: one-shot, re-estimated, fine-tuned."""
+    key = {"kind": "accuracy", "model": model, "variant": "pruned", "scope": scope, "sparsity": sparsity}
+    todo = {r for r in ("none", "bn", "finetune") if lab.missing(**key, recovery=r)}
+    if not todo:
+        return
+    settings = lab.settings
+    label = f"{model} pruned {sparsity:.0%} by {scope}"
+    lab.watch(f"{label}: prune", 0.0)
+    recovery = Finetune(
+        epochs=settings.finetune_epochs[settings.sparsities.index(sparsity)],
+        learning_rate=settings.finetune_learning_rate,
+        batch_size=settings.batch_size,
+        augment=settings.augment,
+        seed=settings.seed,
+    )
+    checkpoint = lab.work / f"{model}.{scope}.{sparsity}.pt"
+    pruned = prune_model(
+        module,
+        lab.splits,
+        Prune(sparsity=sparsity, criterion=settings.criterion, scope=scope),
+        recovery=recovery if "finetune" in todo else None,
+        checkpoint=checkpoint,
+        on_progress=lab.progress(f"{label}: fine-tune"),
+        seed=settings.seed,
+    )
+    states = {
+        "none": pruned.one_shot,
+        "bn": pruned.reestimated,
+        "finetune": None if pruned.finetuned is None else pruned.finetuned.module,
+    }
+    if lab.missing(kind="coverage", model=model, variant="pruned", scope=scope, sparsity=sparsity):
+        row = coverage_row("pruned", pruned.plan, None, None)
+        lab.record(model, {**row, "scope": scope, "sparsity": sparsity})
+    for state, candidate in states.items():
+        if state not in todo or candidate is None:
+            continue
+        row = _pruned_row(lab, f"{label}, {state}", candidate, original, state)
+        lab.record(model, {**row, "scope": scope, "sparsity": sparsity, "recovery": state})
+    checkpoint.unlink(missing_ok=True)
+
+
+def _pruned_row(
+    lab: Lab, label: str, module: nn.Module, original: Score, recovery: str
+) -> dict[str, Any]:
+    """Bytes of the written file, and accuracy in the precision the settings ask for."""
+    fast = lab.settings.accuracy_precision == "bf16"
+    size = None
+    if not fast or recovery == "finetune":
+        graph = export_onnx(module, lab.splits.input_shape)
+        path = lab.work / "candidate.tersor"
+        size = write(graph, path)
+        path.unlink()
+    if fast:
+        # Exactly folded: the same function, less time.
+        folded = copy.deepcopy(module)
+        fold_copies_(folded, torch.zeros(2, *lab.splits.input_shape))
+        session = open_session(folded, engine="torch_bf16", threads=lab.settings.threads)
+    else:
+        session = open_session(graph, threads=lab.settings.threads)
+    row = accuracy_row("pruned", judge(lab, label, session), original, size)
+    if fast:
+        row |= {"engine": "torch", "precision": "bf16"}
+    return row
+
+
+def same_settings(lab: Lab) -> None:
+    """Write the settings at the start; at a resume, refuse others and name the difference."""
+    asked = {**lab.settings.to_dict(), "data": lab.splits.name, "weights": sorted(lab.weights)}
+    found = lab.journal.find(kind="run")
+    if not found:
+        lab.journal.append({"kind": "run", "settings": asked})
+        return
+    before = found[0]["settings"]
+    different = [k for k in asked if _json(asked[k]) != _json(before.get(k))]
+    if different:
+        key = different[0]
+        raise RunError(
+            f"{lab.out} holds a study with {key}={before.get(key)!r}, now asked for {asked[key]!r}; "
+            "use the same settings to go on, or another --out"
+        )
+
+
+def _json(value: Any) -> Any:
+    return [_json(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,185 @@
+"""Observers: they see every activation of a calibration once and answer with the range that codes cover.
+
+Adding one is a class with `observe` and `range`, and the decorator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tersor.errors import DataError
+from tersor.registry import Registry
+
+Array = npt.NDArray[Any]
+Counts = npt.NDArray[np.int64]
+LEVELS = 256
+CANDIDATES = 128
+
+
+class Observer(Protocol):
+    """Accumulates over batches in any order; its state does not grow with the data."""
+
+    def observe(self, values: Array) -> None:
+        """See one batch of values, any shape, float32. Raises DataError for NaN or infinity."""
+        ...
+
+    def range(self) -> tuple[float, float]:
+        """(low, high) with low <= 0 <= high. Raises DataError when nothing was observed."""
+        ...
+
+
+OBSERVERS: Registry[Callable[[], Observer]] = Registry("observer")
+
+
+def _extent(values: Array) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise DataError("the observed values hold NaN or infinity")
+    return low, high
+
+
+@OBSERVERS.register("minmax")
+class MinMax:
+    """The smallest and the largest value seen."""
+
+    def __init__(self) -> None:
+        self.low, self.high, self.count = 0.0, 0.0, 0
+
+    def observe(self, values: Array) -> None:
+        """See one batch of values."""
+        if not values.size:
+            return
+        low, high = _extent(values)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.count += values.size
+
+    def range(self) -> tuple[float, float]:
+        """The extremes, zero included."""
+        _require_values(self.count)
+        return self.low, self.high
+
+
+@OBSERVERS.register("histogram")
+class Histogram:
+    """The range with the least expected squared error of `LEVELS` evenly spaced codes.
+
+    A streaming histogram of `num_bins` (even) bins. When a value falls outside, neighbouring bins are merged
+    in pairs, which doubles the range and moves no count to a wrong place. Exact zeros are counted apart:
+    they have a code of their own and never a rounding error.
+    """
+
+    def __init__(self, num_bins: int = 2048) -> None:
+        assert num_bins % 2 == 0
+        self.bins: Counts = np.zeros(num_bins, np.int64)
+        self.origin, self.width = 0.0, 0.0
+        self.low, self.high = 0.0, 0.0
+        self.num_zeros = 0
+
+    @property
+    def count(self) -> int:
+        """Number of values seen."""
+        return self.num_zeros + int(self.bins.sum())
+
+    def observe(self, values: Array) -> None:
+        """See one batch of values."""
+        if not values.size:
+            return
+        low, high = _extent(values)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        flat = np.ascontiguousarray(values).reshape(-1)
+        seen = flat[flat != 0]
+        self.num_zeros += flat.size - seen.size
+        if not seen.size:
+            return
+        if self.width == 0.0:
+            self.origin = self.low
+            self.width = max((self.high - self.low) / self.bins.size, float(np.finfo(np.float32).tiny))
+        self._grow()
+        # float64: the difference of two float32 may overflow float32
+        index = (seen.astype(np.float64) - self.origin) * (1 / self.width)
+        index = np.clip(index, 0, self.bins.size - 1).astype(np.int64)
+        self.bins += np.bincount(index, minlength=self.bins.size)
+
+    def _grow(self) -> None:
+        half = self.bins.size // 2
+        while self.low < self.origin or self.high > self.origin + self.bins.size * self.width:
+            merged = self.bins[0::2] + self.bins[1::2]
+            self.bins = np.zeros_like(self.bins)
+            if self.low < self.origin:
+                self.origin -= self.bins.size * self.width
+                self.bins[half:] = merged
+            else:
+                self.bins[:half] = merged
+            self.width *= 2
+
+    def range(self) -> tuple[float, float]:
+        """The best of `CANDIDATES` lows and highs, each tried with each, by expected squared error.
+
+        A value inside errs by step^2 / 12 on average (a uniform error), a value outside by its squared
+        distance from the end.
+        """
+        _require_values(self.count)
+        centres = self.origin + (np.arange(self.bins.size) + 0.5) * self.width
+        centres = np.clip(centres, self.low, self.high)
+        lows, low_counts, low_errors = _tail(-centres, self.bins, -self.low)
+        highs, high_counts, high_errors = _tail(centres, self.bins, self.high)
+        step = (highs[None, :] + lows[:, None]) / (LEVELS - 1)
+        inside = self.bins.sum() - low_counts[:, None] - high_counts[None, :]
+        error = inside * step**2 / 12 + low_errors[:, None] + high_errors[None, :]
+        best_low, best_high = np.unravel_index(int(error.argmin()), error.shape)
+        return -float(lows[best_low]), float(highs[best_high])
+
+
+def _tail(centres: Array, bins: Counts, largest: float) -> tuple[Array, Array, Array]:
+    """For ends from `largest` / CANDIDATES to `largest`: how many values lie beyond each, and the sum of their
+    squared distances from it. Only the end 0 where `largest` is 0."""
+    if largest <= 0:
+        return np.zeros(1), np.zeros(1), np.zeros(1)
+    order = np.argsort(centres)
+    sorted_centres, counts = centres[order], bins[order].astype(np.float64)
+    ends = largest * np.arange(1, CANDIDATES + 1) / CANDIDATES
+    first = np.searchsorted(sorted_centres, ends, side="right")
+
+    def beyond(amounts: Array) -> Array:
+        return np.append(amounts[::-1].cumsum()[::-1], 0.0)[first]
+
+    # Distances from `largest` keep the sums small, so that no digits cancel.
+    gap = sorted_centres - largest
+    number, total, squares = beyond(counts), beyond(counts * gap), beyond(counts * gap**2)
+    shift = largest - ends
+    return ends, number, np.maximum(squares + 2 * shift * total + shift**2 * number, 0.0)
+
+
+@OBSERVERS.register("percentile")
+class Percentile:
+    """The range that leaves a share of 0.01 % of the values outside at each end, from a histogram."""
+
+    share = 1e-4
+
+    def __init__(self) -> None:
+        self.histogram = Histogram()
+
+    def observe(self, values: Array) -> None:
+        """See one batch of values."""
+        self.histogram.observe(values)
+
+    def range(self) -> tuple[float, float]:
+        """Edges of the bins in which the two percentiles fall, zero included."""
+        seen = self.histogram
+        _require_values(seen.count)
+        outside = self.share * seen.count
+        edges = seen.origin + np.arange(seen.bins.size + 1) * seen.width
+        above = np.append(seen.bins[::-1].cumsum()[::-1], 0)
+        below = np.append(0, seen.bins.cumsum())
+        high = float(edges[int(np.argmax(above <= outside))])
+        low = float(edges[::-1][int(np.argmax(below[::-1] <= outside))])
+        return max(min(low, 0.0), seen.low), min(max(high, 0.0), seen.high)
+
+
+def _require_values(count: int) -> None:
+    if count == 0:
+        raise DataError("no values were observed; calibrate with one batch at least")
