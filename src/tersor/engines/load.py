@@ -75,7 +75,3 @@ def checked_batch(batch: Any, expected: tuple[int | None, ...], engine: str) -> 
     if len(batch) == 0:
         raise EngineError(f"{engine}: the batch is empty {batch.shape}; give one image at least")
     return np.ascontiguousarray(batch)
-
-
-# Registration needs ENGINES, so the engines are imported last.
-from tersor.engines import onnxruntime, torch  # noqa: E402, F401

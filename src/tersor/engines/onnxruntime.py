@@ -43,7 +43,9 @@ class OnnxRuntimeSession:
         try:
             (logits,) = self._session.run(None, {self._name: inputs})
         except Exception as error:  # the library's exceptions have no common class
-            raise EngineError(f"onnxruntime: running the graph failed: {_first_line(error)}") from None
+            raise EngineError(
+                f"onnxruntime: running the graph failed: {_first_line(error)}"
+            ) from None
         return np.asarray(logits, np.float32)
 
 
@@ -70,7 +72,9 @@ def inference_session(graph: onnx.ModelProto, threads: int, *, optimize: bool = 
             graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # the library's exceptions have no common class
-        raise EngineError(f"onnxruntime: the graph cannot be loaded: {_first_line(error)}") from None
+        raise EngineError(
+            f"onnxruntime: the graph cannot be loaded: {_first_line(error)}"
+        ) from None
 
 
 def _graph_of(model: Any) -> onnx.ModelProto:

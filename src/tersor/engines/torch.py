@@ -33,6 +33,10 @@ class TorchSession:
         import torch
 
         inputs = checked_batch(batch, (None, None, None, None), self.engine)
+        if (
+            not inputs.flags.writeable
+        ):  # torch shares the memory, and warns where it may not write there
+            inputs = inputs.copy()
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         try:

@@ -68,7 +68,10 @@ def _ready(module: nn.Module) -> Iterator[nn.Module]:
     """The module in eval mode, float32 and on the CPU: itself, put back afterwards, or where it must be
     converted a copy."""
     tensors = [*module.parameters(), *module.buffers()]
-    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
+    if any(
+        t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32)
+        for t in tensors
+    ):
         yield copy.deepcopy(module).cpu().float().eval()
         return
     training = [(part, part.training) for part in module.modules()]
@@ -94,7 +97,9 @@ def _silence() -> Iterator[None]:
 def _explain(module: nn.Module, input_shape: tuple[int, int, int], error: BaseException) -> str:
     """One message: the model, the innermost reason, the user's line and what to do."""
     causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+    while (
+        cause := causes[-1].__cause__ or causes[-1].__context__
+    ) is not None and cause not in causes:
         causes.append(cause)
     text = "\n".join(str(c) for c in causes)
     innermost = causes[-1]
@@ -102,7 +107,9 @@ def _explain(module: nn.Module, input_shape: tuple[int, int, int], error: BaseEx
     line = _user_line(text, causes)
     remedy = "check that it runs on a batch of this shape"
     if "data-dependent" in text.lower() or "GuardOnDataDependent" in text:
-        remedy = "replace control flow that depends on tensor values by tensor operations (torch.where)"
+        remedy = (
+            "replace control flow that depends on tensor values by tensor operations (torch.where)"
+        )
     elif "batch" in text and "Constraint" in text:
         remedy = "let forward work for any batch size: use x.shape[0] or -1, not a fixed number"
     return (
@@ -123,7 +130,11 @@ def _user_line(text: str, causes: list[BaseException]) -> str:
         ]
     mine = str(pathlib.Path(__file__))
     own = [f for f in frames if "site-packages" not in f[0] and "<" not in f[0] and f[0] != mine]
-    own = [f for f in own if f"{pathlib.Path(torch.__file__).parent}" not in f[0] and "/lib/python" not in f[0]]
+    own = [
+        f
+        for f in own
+        if f"{pathlib.Path(torch.__file__).parent}" not in f[0] and "/lib/python" not in f[0]
+    ]
     if not own:
         return ""
     file, number, where, source = own[-1]
@@ -135,11 +146,16 @@ def _name_weights_(graph: onnx.ModelProto, module: nn.Module) -> None:
     initializers = {i.name: i for i in graph.graph.initializer}
     renamed: dict[str, str] = {}
     linear = {
-        name: layer for name, layer in weight_layers(module)
+        name: layer
+        for name, layer in weight_layers(module)
         if isinstance(layer, nn.Linear) and f"{name}.weight" not in initializers
     }
     for node in graph.graph.node:
-        if node.op_type not in WEIGHT_OPS or len(node.input) < 2 or node.input[1] not in initializers:
+        if (
+            node.op_type not in WEIGHT_OPS
+            or len(node.input) < 2
+            or node.input[1] not in initializers
+        ):
             continue
         weight = node.input[1]
         if node.op_type == "MatMul" and weight not in renamed:

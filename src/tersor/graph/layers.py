@@ -23,7 +23,9 @@ WEIGHT_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Convolutional and linear layers by qualified name, in the order of the module; a shared one once."""
-    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, WEIGHT_LAYERS)]
+    return [
+        (name, layer) for name, layer in module.named_modules() if isinstance(layer, WEIGHT_LAYERS)
+    ]
 
 
 @dc.dataclass(frozen=True)
@@ -105,7 +107,9 @@ def _problem(node: onnx.NodeProto, dims: Sequence[int]) -> str:
     if node.op_type == "MatMul" and len(dims) != 2:
         return f"its weight has {len(dims)} dimensions; a matrix is expected"
     if node.op_type == "Gemm" and (
-        attribute(node, "transA", 0) or attribute(node, "alpha", 1) != 1 or attribute(node, "beta", 1) != 1
+        attribute(node, "transA", 0)
+        or attribute(node, "alpha", 1) != 1
+        or attribute(node, "beta", 1) != 1
     ):
         return "its product is scaled or transposed (Gemm with transA, alpha or beta)"
     return ""

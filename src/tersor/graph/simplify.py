@@ -41,7 +41,9 @@ def _is_global(
     return len(shape) == 4 and axes == [2, 3]
 
 
-def _enlarged(graph: onnx.ModelProto, mean: onnx.NodeProto, shapes: dict[str, list[int]]) -> str | None:
+def _enlarged(
+    graph: onnx.ModelProto, mean: onnx.NodeProto, shapes: dict[str, list[int]]
+) -> str | None:
     """The 1x1 map whose copies `mean` ends in, or None where the chain is any other.
 
     Gathering from one position gives that position whatever the indices are, and so does the mean.

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tersor.errors import ModelError
-from tersor.graph.layers import excluded_layers, weight_layers
+from tersor.graph.layers import weight_layers
+from tersor.graph.select import excluded_layers
 from tersor.specs import LayerPlan, Plan, Prune
 from tersor.tensors.criteria import CRITERIA
 from tersor.tensors.masks import keep_top, removed_by_layer

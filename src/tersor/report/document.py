@@ -61,7 +61,7 @@ class Plot:
     lines: tuple[Line, ...] = ()
     categories: tuple[str, ...] = ()
     bars: tuple[Bars, ...] = ()
-    limits: tuple[float, float] | None = None
+    limits: tuple[float, float] = (0.0, 0.0)  # of the values; equal: as the values are
 
 
 @dc.dataclass(frozen=True)
@@ -77,10 +77,11 @@ class Section:
 
 @dc.dataclass(frozen=True)
 class Highlight:
-    """The result of one network in a sentence, and its facts as (figure, what it is)."""
+    """The result of one network: a headline, sentences, and its facts as (figure, what it is)."""
 
     title: str
-    sentence: str
+    headline: str
+    sentences: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
 
 

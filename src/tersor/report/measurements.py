@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 
 VARIANTS = ("float", "pruned", "static", "dynamic", "weight_only")
 ENGINES = ("onnxruntime", "torch")  # the first is preferred where a table has one place for a form
+SCOPES = ("", "layer", "global")
 RECOVERIES = ("none", "bn", "finetune")
 KINDS = ("accuracy", "timing", "coverage", "training", "run")
 
@@ -176,7 +177,9 @@ def read(rows: Iterable[Row]) -> Measurements:
     for number, row in enumerate(rows, 1):
         kind = row.get("kind") if isinstance(row, Mapping) else None
         if not isinstance(kind, str):
-            raise RunError(f"row {number} has no kind; expected one of {', '.join(KINDS)}: {row!r:.200}")
+            raise RunError(
+                f"row {number} has no kind; expected one of {', '.join(KINDS)}: {row!r:.200}"
+            )
         if kind not in KINDS:
             unknown[kind] = None
             continue
@@ -223,6 +226,7 @@ def form_order(form: Form) -> tuple[Any, ...]:
         _place(VARIANTS, form.variant),
         form.variant,
         form.sparsity,
+        _place(SCOPES, form.scope),
         form.scope,
         _place(RECOVERIES, form.recovery),
         _place(ENGINES, form.engine),
@@ -240,7 +244,9 @@ def merged(rows: Sequence[Row]) -> Accuracy:
         num_samples=max(int(row.get("num_samples") or 0) for row in rows),
         num_seeds=len(rows),
         size_bytes=round(statistics.fmean(sizes)) if sizes else None,
-        difference_pt=statistics.fmean(i["difference_pt"] for i in intervals) if intervals else None,
+        difference_pt=statistics.fmean(i["difference_pt"] for i in intervals)
+        if intervals
+        else None,
         low_pt=min((i["low_pt"] for i in intervals), default=None),
         high_pt=max((i["high_pt"] for i in intervals), default=None),
         level=intervals[0].get("level") if intervals else None,

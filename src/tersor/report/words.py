@@ -22,6 +22,7 @@ RECOVERIES = {
     "finetune": "fine-tuned",
 }
 SCOPES = {"layer": "by layer", "global": "globally"}
+SCOPE_DETAILS = {"layer": "the same share of every layer", "global": "all layers ranked together"}
 
 
 def clean(text: object) -> str:

@@ -28,7 +28,9 @@ def choose_affine(low: float, high: float) -> tuple[np.float32, np.uint8]:
     that is only zero gets scale 1. Raises ModelError for a range that is not finite or is upside down.
     """
     if not (np.isfinite(low) and np.isfinite(high) and low <= high):
-        raise ModelError(f"no codes cover the range {low} to {high}; it must be finite and in order")
+        raise ModelError(
+            f"no codes cover the range {low} to {high}; it must be finite and in order"
+        )
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if low == high:
         return np.float32(1.0), np.uint8(0)
@@ -43,7 +45,9 @@ def choose_symmetric(weight: Array, axis: int | None = None) -> FloatArray:
     Shape () where `axis` is None, else (weight.shape[axis],): one scale for every slice along the axis
     kept. A slice of zeros gets scale 1. Raises ModelError for NaN or infinity.
     """
-    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
+    others = (
+        None if axis is None else tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
+    )
     largest = np.abs(weight).max(axis=others, initial=0.0)
     if not np.isfinite(largest).all():
         raise ModelError("weights hold NaN or infinity; load finite weights before quantizing")

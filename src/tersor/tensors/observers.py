@@ -97,7 +97,9 @@ class Histogram:
             return
         if self.width == 0.0:
             self.origin = self.low
-            self.width = max((self.high - self.low) / self.bins.size, float(np.finfo(np.float32).tiny))
+            self.width = max(
+                (self.high - self.low) / self.bins.size, float(np.finfo(np.float32).tiny)
+            )
         self._grow()
         # float64: the difference of two float32 may overflow float32
         index = (seen.astype(np.float64) - self.origin) * (1 / self.width)

@@ -1,0 +1,173 @@
+"""The report as one HTML file: no script, no request, light and dark, any width, by keyboard alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html import escape
+
+from tersor.report.document import Column, Document, Highlight, Plot, Section, Table
+from tersor.report.figures import file_name
+from tersor.report.style import STYLE
+from tersor.report.svg import inline
+from tersor.report.words import MISSING, NONE, clean
+
+# Nothing may be fetched or run, whatever a row says: the page is also safe should escaping ever fail.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+UNIT = re.compile(
+    r" (?=%)|(?<=\d) (?=(?:MiB|ms|pt|bytes|points|times)\b)|(?<=n) (?==)|(?<==) (?=\d)"
+)
+SHORT_CELL = 36  # characters that stay on one line in a column of words
+MARKS = {"met": "✓", "missed": "✗", MISSING: "–"}
+
+
+def page(document: Document, drawn: Mapping[str, str]) -> str:
+    """The page of `document`; `drawn` maps a plot's file name to its SVG."""
+    title = _text(document.title)
+    sections = "\n".join(_section(section, drawn) for section in document.sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{title}</title>
+<style>
+{STYLE}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the results</a>
+<header>
+<p class="eyebrow">{title}</p>
+<h1>{_headline(document)}</h1>
+</header>
+<main id="main" tabindex="-1">
+{_highlights(document)}
+<p class="conditions">{_text(document.conditions)}</p>
+{_contents(document)}
+{sections}
+</main>
+<footer><p>{_text(document.footer)}</p></footer>
+</body>
+</html>
+"""
+
+
+def _headline(document: Document) -> str:
+    """The first network's result in a line: smaller, faster, and what it cost."""
+    if not document.highlights:
+        return "What was measured"
+    return _text(document.highlights[0].headline)
+
+
+def _highlights(document: Document) -> str:
+    if not document.highlights:
+        return ""
+    cards = "\n".join(_card(highlight) for highlight in document.highlights)
+    return f'<section class="cards" aria-label="Results in short">\n{cards}\n</section>'
+
+
+def _card(highlight: Highlight) -> str:
+    facts = "".join(
+        f"<div><dt>{_text(what)}</dt><dd>{_text(figure)}</dd></div>"
+        for figure, what in highlight.facts
+    )
+    sentences = "".join(f"<p>{_text(sentence)}</p>" for sentence in highlight.sentences)
+    return (
+        f'<article class="card"><h2>{_text(highlight.title)}</h2>'
+        f"<dl>{facts}</dl>{sentences}</article>"
+    )
+
+
+def _contents(document: Document) -> str:
+    items = "".join(
+        f'<li><a href="#{_text(section.key)}">{_text(section.title)}</a></li>'
+        for section in document.sections
+    )
+    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
+
+
+def _section(section: Section, drawn: Mapping[str, str]) -> str:
+    key = _text(section.key)
+    parts = [f'<section aria-labelledby="{key}"><h2 id="{key}">{_text(section.title)}</h2>']
+    if section.intro:
+        parts.append(f'<p class="intro">{_text(section.intro)}</p>')
+    plots = "\n".join(_figure(plot, drawn[file_name(plot)]) for plot in section.plots)
+    if plots:
+        kind = "lines" if section.plots[0].lines else "bars"
+        parts.append(f'<div class="figures {kind}">\n{plots}\n</div>')
+    parts += [_table(table) for table in section.tables]
+    return "\n".join(parts) + "\n</section>"
+
+
+def _figure(plot: Plot, svg: str) -> str:
+    return (
+        f"<figure>{inline(svg)}<figcaption><b>{_text(plot.title)}</b> {_text(plot.caption)}</figcaption>"
+        "</figure>"
+    )
+
+
+def _table(table: Table) -> str:
+    key = _text(table.key)
+    body = "\n".join(_row(table.columns, row) for row in table.rows)
+    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in table.notes)
+    region = (
+        f'<div class="scroll" role="region" aria-labelledby="{key}" tabindex="0">\n<table>\n'
+        f'<caption id="{key}">{_text(table.caption)}</caption>\n'
+        f"<thead>\n{_head(table.columns)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>{notes}"
+    )
+    if not table.folded:
+        return region
+    lines = f"{len(table.rows):,} line{'' if len(table.rows) == 1 else 's'}"
+    return f"<details><summary>{_text(table.caption)} ({lines})</summary>\n{region}</details>"
+
+
+def _head(columns: tuple[Column, ...]) -> str:
+    """One line of headings, or two where neighbours share one."""
+    if not any(column.group for column in columns):
+        return "<tr>" + "".join(_heading(column) for column in columns) + "</tr>"
+    upper, lower, start = [], [], 0
+    while start < len(columns):
+        column = columns[start]
+        end = start + 1
+        if not column.group:
+            upper.append(_heading(column, ' rowspan="2"'))
+        else:
+            while end < len(columns) and columns[end].group == column.group:
+                end += 1
+            upper.append(
+                f'<th scope="colgroup" colspan="{end - start}" class="group">{_text(column.group)}</th>'
+            )
+            lower += [_heading(c, first=place == 0) for place, c in enumerate(columns[start:end])]
+        start = end
+    return f"<tr>{''.join(upper)}</tr>\n<tr>{''.join(lower)}</tr>"
+
+
+def _heading(column: Column, attributes: str = "", *, first: bool = False) -> str:
+    names = [name for name, on in (("right", column.right), ("first", first)) if on]
+    classes = f' class="{" ".join(names)}"' if names else ""
+    return f'<th scope="col"{attributes}{classes}>{_text(column.head)}</th>'
+
+
+def _row(columns: tuple[Column, ...], row: tuple[str, ...]) -> str:
+    cells = []
+    for number, (column, cell) in enumerate(zip(columns, row, strict=True)):
+        names = ["right"] if column.right else ["short"] if len(cell) <= SHORT_CELL else []
+        if column.group and columns[number - 1].group != column.group:
+            names.append("first")
+        if cell in (MISSING, NONE):
+            names.append("missing")
+        mark = ""
+        if column.head == "verdict" and cell in MARKS:
+            names.append("verdict-" + cell.replace(" ", "-"))
+            mark = f'<span aria-hidden="true">{MARKS[cell]}</span> '
+        classes = f' class="{" ".join(names)}"' if names else ""
+        tag, scope = ("th", ' scope="row"') if number == 0 else ("td", "")
+        cells.append(f"<{tag}{scope}{classes}>{mark}{_text(cell)}</{tag}>")
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _text(text: str) -> str:
+    # A number and its unit stay on one line.
+    return UNIT.sub("\u00a0", escape(clean(text), quote=True))
