@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+import numbers
 from typing import Any, ClassVar
 
 from tersor.errors import SpecError
 from tersor.registry import did_you_mean
 
 KINDS: dict[str, type[Spec]] = {}
+SCALARS: dict[str, tuple[type, str]] = {
+    "float": (numbers.Real, "a number"),
+    "int": (numbers.Integral, "a whole number"),
+    "str": (str, "text"),
+}
 
 
 @dc.dataclass(frozen=True)
@@ -26,6 +32,13 @@ class Spec:
         cls.kind = kind
         KINDS[kind] = cls
 
+    def __post_init__(self) -> None:
+        for field in dc.fields(self):
+            value = getattr(self, field.name)
+            wanted, words = SCALARS.get(str(field.type), (object, ""))
+            if words and (isinstance(value, bool) or not isinstance(value, wanted)):
+                raise SpecError(f"{self.kind}.{field.name} must be {words}, got {value!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, `kind` first; `from_dict` is its inverse."""
         values = {f.name: getattr(self, f.name) for f in dc.fields(self)}
@@ -36,7 +49,7 @@ def from_dict(data: dict[str, Any]) -> Spec:
     """Rebuild a Spec. Raises SpecError on an unknown kind or field: a typo never becomes a default."""
     fields = dict(data)
     kind = fields.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise SpecError(
             f"unknown kind {kind!r}; expected one of {', '.join(sorted(KINDS))}."
             + did_you_mean(str(kind), KINDS)
@@ -48,6 +61,9 @@ def from_dict(data: dict[str, Any]) -> Spec:
             f"{kind}: unknown field {extra[0]!r}; expected one of {', '.join(known)}."
             + did_you_mean(extra[0], known)
         )
+    needed = [f.name for f in dc.fields(cls) if f.default is f.default_factory is dc.MISSING]
+    if missing := [name for name in needed if name not in fields]:
+        raise SpecError(f"{kind}: the field {missing[0]!r} is missing; it has no default")
     return cls(**{k: _rich(v) for k, v in fields.items()})
 
 
@@ -92,6 +108,7 @@ class Prune(Spec, kind="prune"):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             isinstance(self.floor, (int, float)) and 0 <= self.floor <= 1,
             f"prune.floor is the least density of a layer, 0 to 1, got {self.floor!r}",
@@ -121,6 +138,7 @@ class Quantize(Spec, kind="quantize"):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("quantize.mode", self.mode, ("static", "dynamic", "weight_only"))
         _one_of("quantize.granularity", self.granularity, ("per_tensor", "per_channel"))
         _require(self.bits == 8, f"quantize.bits must be 8, got {self.bits}")
@@ -160,6 +178,7 @@ class Finetune(Spec, kind="finetune"):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("epochs", "learning_rate", "temperature"):
             value = getattr(self, name)
             _require(
@@ -172,8 +191,17 @@ class Finetune(Spec, kind="finetune"):
             _require(0 <= value < 1, f"finetune.{name} must be in [0, 1), got {value!r}")
         _require(0 <= self.distill <= 1, f"finetune.distill must be in [0, 1], got {self.distill!r}")
         _require(
-            0 <= self.small_epochs <= self.epochs and self.small_size >= 0,
-            f"finetune.small_epochs must be between 0 and epochs ({self.epochs}), got {self.small_epochs}",
+            0 <= self.small_epochs <= self.epochs,
+            f"finetune.small_epochs must be between 0 and epochs ({self.epochs}), got "
+            f"{self.small_epochs!r}",
+        )
+        _require(
+            self.small_size >= 0,
+            f"finetune.small_size must be 0 (none) or more, got {self.small_size!r}",
+        )
+        _require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            f"finetune.weight_decay must be finite and 0 or more, got {self.weight_decay!r}",
         )
         _one_of("finetune.augment", self.augment, ("none", "flip_crop", "crop"))
         _one_of("finetune.precision", self.precision, ("bf16", "float32"))

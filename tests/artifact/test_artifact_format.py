@@ -361,6 +361,20 @@ def test_an_artifact_built_by_hand_is_held_to_the_same_rules(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_artifact_over_the_limits_is_refused_before_it_is_written(tmp_path):
+    good = pack(network(), provenance={"log": "x" * (17 << 20)})
+    with pytest.raises(ArtifactError, match="header would take 1782.* at most 16777216"):
+        save(good, tmp_path / "a.tersor")
+    half = np.broadcast_to(np.float32(0), 1 << 28)  # 1 GiB in name only
+    tensors = {"first": half, "second": half}
+    with pytest.raises(ArtifactError, match="take 2147483648 bytes; at most 2147483647"):
+        save(Artifact(good.skeleton, tensors, good.encodings, {}, {}), tmp_path / "a.tersor")
+    names = dict.fromkeys(map(str, range(100_001)), half)
+    with pytest.raises(ArtifactError, match="100001 tensors; at most 100000"):
+        save(Artifact(good.skeleton, names, {}, {}, {}), tmp_path / "a.tersor")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tensor_in_another_memory_order_is_written_in_c_order(tmp_path):
     good = pack(network())
     array = np.asfortranarray(good.tensors["first"])

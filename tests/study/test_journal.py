@@ -4,11 +4,11 @@ import json
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.errors import RunError
-from tersor.study.journal import LOCK_NAME, Journal
+from tersor.study.journal import LOCK_NAME, Journal, read_rows
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -19,6 +19,7 @@ json_values = st.recursive(
 json_rows = st.dictionaries(st.text(), json_values, max_size=4)
 
 
+@settings(max_examples=30, deadline=None)  # every example waits for the disk
 @given(rows=st.lists(json_rows, max_size=5))
 def test_any_rows_are_read_back_equal_and_in_order(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("run") / "rows.jsonl"

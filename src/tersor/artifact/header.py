@@ -30,6 +30,9 @@ MAX_SKELETON_BYTES = 4 << 20
 
 # Ends at an unclosed quote too, so that no text makes the search start over at each of its quotes.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
+# Opening brackets become 1, closing ones -1 (int8).
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
 
 
@@ -167,14 +170,12 @@ def _parse(data: bytes) -> Any:
     """JSON in canonical form only, which leaves no room for repeated keys, spaces or a second
     spelling."""
     outside = _STRING.sub(b"", data)
-    marks = np.frombuffer(outside, np.uint8)
-    opened = np.isin(marks, np.frombuffer(b"[{", np.uint8)).astype(np.int32)
-    closed = np.isin(marks, np.frombuffer(b"]}", np.uint8)).astype(np.int32)
-    if marks.size and int(np.cumsum(opened - closed).max()) > MAX_DEPTH:
+    steps = np.frombuffer(outside.translate(_STEPS, _NOT_BRACKETS), np.int8)
+    if steps.size and int(np.cumsum(steps, dtype=np.int32).max()) > MAX_DEPTH:
         raise ArtifactError(f"the header is nested more than {MAX_DEPTH} levels deep")
     if _LONG_NUMBER.search(outside):
         raise ArtifactError(f"the header holds a number of more than {MAX_DIGITS} digits")
-    del outside, marks, opened, closed
+    del outside, steps  # the parsed header needs the room
     try:
         content = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
         canonical = canonical_json(content)

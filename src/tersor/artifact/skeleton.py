@@ -155,8 +155,8 @@ def check_wire(data: bytes) -> None:
         else:
             if kind == _STRING:
                 _check_utf8(data[start:position], name)
-            # Packed numbers: one byte may become an int64.
-            cost += TEXT_COST + (size if kind in (_STRING, _BYTES) else 8 * size)
+            # Packed numbers: one byte may become an int64, in an array that grows by doubling.
+            cost += TEXT_COST + (size if kind in (_STRING, _BYTES) else 16 * size)
         if cost > MAX_PARSED_BYTES or len(stack) > MAX_WIRE_DEPTH:
             raise ArtifactError(
                 f"the graph without its initializers would take more than {MAX_PARSED_BYTES} bytes "

@@ -169,7 +169,7 @@ def quantize(
     told = {"model": model, "data": None if splits is None else splits.name}
     size = write(quantized.graph, target, plan=quantized.plan, provenance=told)
     answer = _told(output, target, size, quantized.plan)
-    shares = {"macs_share": quantized.macs_share, "bytes_share": quantized.bytes_share}
+    shares = quantized.coverage.to_dict()
     say(output, "covered: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
     return {**answer, **shares}
 

@@ -159,20 +159,22 @@ def inspect(
         answer = inspect_file(model)
     else:
         module = resolve(model, weights=weights, num_classes=num_classes).need_module("inspect")
+        named = {name: layer.get_parameter("weight") for name, layer in weight_layers(module)}
         layers = [
             {
                 "name": name,
-                "shape": list(layer.weight.shape),
-                "dtype": str(layer.weight.dtype).removeprefix("torch."),
-                "size_bytes": layer.weight.numel() * layer.weight.element_size(),
-                "density": float((layer.weight != 0).float().mean()),
+                "shape": list(weight.shape),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "size_bytes": weight.numel() * weight.element_size(),
+                "density": int(weight.count_nonzero()) / max(weight.numel(), 1),
             }
-            for name, layer in weight_layers(module)
+            for name, weight in named.items()
         ]
         parameters = sum(p.numel() for p in module.parameters())
         answer = {"model": model, "parameters": parameters, "layers": layers}
     layers = answer["layers"]
-    columns = [c for c in ("name", "shape", "dtype", "encoding", "size_bytes", "bits_per_weight", "density") if layers and c in layers[0]]
+    known = ("name", "shape", "dtype", "encoding", "size_bytes", "bits_per_weight", "density")
+    columns = [c for c in known if layers and c in layers[0]]
     show_table(output, model, columns, [[layer[c] for c in columns] for layer in layers])
     for key in ("parameters", "size_bytes", "format_version"):
         if key in answer:

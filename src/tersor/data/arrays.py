@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from tersor.errors import DataError
+from tersor.errors import DataError, SpecError
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -86,8 +86,12 @@ def split(
 ) -> Splits:
     """Hold `validation_share` of the training images out and draw calibration inputs from the rest.
 
-    The permutation depends on `seed` alone. Raises DataError where a split would be empty.
+    The permutation depends on `seed` alone. Raises DataError where a split would be empty,
+    SpecError for a negative seed or no calibration inputs.
     """
+    for option, value, least in (("seed", seed, 0), ("num_calibration", num_calibration, 1)):
+        if value < least:
+            raise SpecError(f"{option} must be {least} or more, got {value}")
     order = np.random.default_rng([seed, 0x5711]).permutation(len(train))
     held = round(len(train) * validation_share)
     if held < 1 or len(train) - held < 1 or len(test) < 1:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tersor.data.arrays import ArraySet, Splits, split
 from tersor.errors import DataError
@@ -42,6 +43,11 @@ def load_folder(
     train_files = _files(root / "train")
     test_files = _files(root / "test")
     classes = tuple(sorted({f.parent.name for f in train_files}))
+    folders = {d.name for d in (root / "train").iterdir() if d.is_dir() and d.name[0] != "."}
+    if empty := sorted(folders - set(classes)):
+        raise DataError(
+            f"{root / 'train'}: class {empty[0]!r} holds no images; add some, or remove its folder"
+        )
     if unknown := sorted({f.parent.name for f in test_files} - set(classes)):
         raise DataError(f"{root / 'test'}: class {unknown[0]!r} has no training images")
     settings = _settings(root)
@@ -63,9 +69,9 @@ def load_folder(
 
 
 def channel_statistics(
-    images: npt.NDArray[np.uint8],
+    images: npt.NDArray[Any],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of images (N, C, H, W) scaled to 0..1, 4 digits."""
+    """Mean and standard deviation of each channel of uint8 images (N, C, H, W) scaled to 0..1, 4 digits."""
     counts = np.stack(
         [np.bincount(images[:, c].reshape(-1), minlength=256) for c in range(images.shape[1])]
     )
@@ -100,7 +106,24 @@ def _settings(root: pathlib.Path) -> dict[str, Any]:
     allowed = {"name", "mean", "std"}
     if not isinstance(found, dict) or set(found) - allowed:
         raise DataError(f"{path}: expected an object with {', '.join(sorted(allowed))} only")
+    name = found.get("name", "data")
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{path}: name must be text, got {name!r}")
+    if "mean" in found or "std" in found:
+        for key in ("mean", "std"):
+            values = found.get(key)
+            if not (isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))):
+                raise DataError(
+                    f"{path}: {key} must be 3 finite numbers (mean and std go together), got "
+                    f"{values!r}"
+                )
+        if min(found["std"]) <= 0:
+            raise DataError(f"{path}: std must be positive, got {found['std']}")
     return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _cached(
@@ -113,20 +136,42 @@ def _cached(
         key.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     labels = np.array([classes.index(f.parent.name) for f in files], np.int64)
     path = cache_dir() / f"{key.hexdigest()[:32]}.npy"
-    if path.exists():
-        images = np.load(path)
-    else:
+    images = _kept(path, len(files))
+    if images is None:
         images = _decode(files, expected)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as stream:
-            np.save(stream, images)
-        temporary.replace(path)
+        _keep(path, images)
     if expected is not None and images.shape[1:] != tuple(expected):
         raise DataError(
             f"{files[0]}: size {images.shape[1:]} differs from the training images' {tuple(expected)}"
         )
     return ArraySet(images, labels)
+
+
+def _kept(path: pathlib.Path, count: int) -> npt.NDArray[np.uint8] | None:
+    """The cached array, or None where there is none or it is damaged: then it is made again."""
+    try:
+        images = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    fits = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
+    return images if fits else None
+
+
+def _keep(path: pathlib.Path, images: npt.NDArray[np.uint8]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                np.save(stream, images)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"decoded images cannot be kept in {path.parent}: {error}; set TERSOR_CACHE to a "
+            "directory that can be written and has room"
+        ) from None
 
 
 def _decode(
@@ -137,7 +182,7 @@ def _decode(
         try:
             with Image.open(file) as image:
                 pixels = np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+        except Exception as error:  # decoders raise SyntaxError, struct.error and more
             raise DataError(f"{file}: not a readable image ({error}); remove or replace it") from None
         if images is None:
             images = np.empty((len(files), *(expected or pixels.shape)), np.uint8)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tersor.data.arrays import ArraySet, Splits, split
 from tersor.data.cifar10 import load_cifar10
@@ -49,7 +50,11 @@ def load_data(name: str, *, seed: int = 0, num_calibration: int = 512) -> Splits
 
 
 def _from_user(name: str, *, seed: int, num_calibration: int) -> Splits:
-    value = load_function(name)()
+    function = load_function(name)
+    try:
+        value = function()
+    except Exception as error:
+        raise DataError(f"{name} raised {type(error).__name__}: {error}") from error
     if isinstance(value, Splits):
         return value
     try:
@@ -66,6 +71,11 @@ def _from_user(name: str, *, seed: int, num_calibration: int) -> Splits:
         raise DataError(
             f"{name}: train images are {train.images.shape[1:]}, test images {test.images.shape[1:]}"
         )
+    if train.images.dtype != test.images.dtype:
+        raise DataError(
+            f"{name}: train images are {train.images.dtype}, test images {test.images.dtype}; give "
+            "both in one type"
+        )
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     channels = train.images.shape[1]
     if train.images.dtype == np.uint8:
@@ -79,15 +89,20 @@ def _from_user(name: str, *, seed: int, num_calibration: int) -> Splits:
 
 
 def _checked(name: str, part: str, images: Any, labels: Any) -> ArraySet:
-    pixels = np.asarray(images)
-    if pixels.ndim != 4 or not len(pixels):
+    pixels = _array(name, f"{part} images", images)
+    numbers = _array(name, f"{part} labels", labels)
+    if pixels.ndim != 4 or not pixels.size:
         raise DataError(f"{name}: {part} images have shape {pixels.shape}; expected (N, C, H, W)")
     if pixels.dtype != np.uint8:
+        if pixels.dtype.kind != "f":
+            raise DataError(
+                f"{name}: {part} images are {pixels.dtype}; expected uint8 in 0..255, or floats "
+                "already normalised"
+            )
         pixels = pixels.astype(np.float32)
         if not np.isfinite(pixels).all():
             index = int(np.argwhere(~np.isfinite(pixels))[0][0])
             raise DataError(f"{name}: {part} image {index} holds NaN or infinity; clean the inputs")
-    numbers = np.asarray(labels)
     if numbers.shape != (len(pixels),) or not np.issubdtype(numbers.dtype, np.integer):
         raise DataError(
             f"{name}: {part} labels have shape {numbers.shape} and type {numbers.dtype}; expected "
@@ -96,3 +111,10 @@ def _checked(name: str, part: str, images: Any, labels: Any) -> ArraySet:
     if numbers.min() < 0:
         raise DataError(f"{name}: {part} label {int(numbers.min())} is negative; labels start at 0")
     return ArraySet(pixels, numbers.astype(np.int64))
+
+
+def _array(name: str, what: str, values: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: {what} are no array: {error}") from None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
+import platform
+import re
 from typing import Any
 
 import numpy as np
@@ -57,8 +61,8 @@ def inference_session(graph: onnx.ModelProto, threads: int, *, optimize: bool = 
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    # Sums of uint8 x int8 products overflow 16 bits on processors without VNNI; there, exact kernels.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _sums_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if _only_weights_quantized(graph):
         # Else the weights would be dequantized again in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -93,6 +97,22 @@ def _graph_of(model: Any) -> onnx.ModelProto:
 def _only_weights_quantized(graph: onnx.ModelProto) -> bool:
     ops = {node.op_type for node in graph.graph.node}
     return "DequantizeLinear" in ops and "QuantizeLinear" not in ops
+
+
+@functools.cache
+def _sums_saturate() -> bool:
+    """Whether this processor's fast kernels add pairs of uint8 x int8 products in 16 bits, which overflows.
+
+    x86 without VNNI does; there the exact kernels are asked for. They are several times slower, so not elsewhere.
+    Where the flags cannot be read, exactness wins.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return re.search(r"\b(avx512_?vnni|avx_vnni)\b", flags) is None
 
 
 def _first_line(error: Exception) -> str:

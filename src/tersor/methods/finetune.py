@@ -84,12 +84,12 @@ def finetune(
     example = torch.zeros(2, *splits.input_shape)
     # Trained with equal copies folded: VGG-16's first linear layer is 49 times cheaper and stays exact.
     folded, small_masks = fold_copies_(student, example, masks)
-    student = student.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    student = on_device(student, device).train()
     loop = _Loop(student, splits, spec, small_masks, teacher, device)
     if checkpoint is not None and checkpoint.exists():
         loop.restore(checkpoint)
     loop.run(checkpoint, checkpoint_seconds, on_progress)
-    averaged = loop.averaged.module.to("cpu", memory_format=torch.contiguous_format).eval()
+    averaged = off_device(loop.averaged.module).eval()
     unfold_copies_(averaged, folded, masks)
     for parameter in averaged.parameters():
         parameter.grad = None
@@ -120,7 +120,7 @@ class _Loop:
         if teacher is not None and spec.distill > 0:
             self.teacher = copy.deepcopy(teacher)
             fold_copies_(self.teacher, torch.zeros(2, *splits.input_shape))
-            self.teacher = self.teacher.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+            self.teacher = on_device(self.teacher, device).eval()
         parameters = dict(student.named_parameters())
         self.masked = [(parameters[name], mask.to(device)) for name, mask in masks.items()]
         decayed = [p for p in parameters.values() if p.ndim > 1]
@@ -317,6 +317,16 @@ def augmented(pixels: torch.Tensor, augment: str, generator: torch.Generator) ->
     number = torch.arange(count)[:, None, None]
     cropped = padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]]
     return cropped.permute(0, 3, 1, 2)
+
+
+def on_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` moved to `device` in channels_last, the layout in which CPU convolutions are fastest."""
+    return module.to(device).to(memory_format=torch.channels_last)
+
+
+def off_device(module: nn.Module) -> nn.Module:
+    """`module` moved to the CPU in the ordinary layout."""
+    return module.to("cpu").to(memory_format=torch.contiguous_format)
 
 
 def usable_precision(asked: str, device: torch.device) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import DataError
-from tersor.methods.finetune import usable_precision
+from tersor.methods.finetune import off_device, on_device, usable_precision
 
 
 def reestimate_batch_norm(
@@ -28,7 +28,7 @@ def reestimate_batch_norm(
     if not norms:
         return fresh.eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fresh = fresh.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fresh = on_device(fresh.eval(), device)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -44,4 +44,4 @@ def reestimate_batch_norm(
         raise DataError("batch-norm re-estimation needs calibration inputs, and got none")
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return fresh.to("cpu", memory_format=torch.contiguous_format).eval()
+    return off_device(fresh).eval()

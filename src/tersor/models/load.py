@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,8 +68,10 @@ def load_model(
 def _user_module(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         module = load_function(name)(**options)
-    except TypeError as error:
-        raise ModelError(f"{name} could not be called with {options}: {error}") from error
+    except Exception as error:
+        raise ModelError(
+            f"{name} could not be called with {options}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(f"{name} returned {type(module).__name__}; expected a torch.nn.Module")
     return module
@@ -90,8 +91,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             found: Any = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged pickle raises AssertionError, KeyError, EOFError and more
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{file} cannot be read as weights: {reason}; expected safetensors, or a .pt file that holds "
             "tensors only"
@@ -155,15 +156,20 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], *, half: bool 
             if torch.equal(copies, copies[:, :, :1].expand_as(copies)):
                 stored, name = copies[:, :, 0] * 49, f"{key}.sum49"
         if half and stored.is_floating_point():
-            stored = stored.half()
+            exact, stored = stored, stored.half()
+            if torch.isfinite(exact).all() and not torch.isfinite(stored).all():
+                raise ModelError(f"{key} holds values beyond half precision (65504); save it in full")
         tensors[name] = stored.clone()
     target = pathlib.Path(path)
     temporary = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        temporary.replace(target)
-    except OSError as error:
+        try:
+            save_file(tensors, temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"{target} cannot be written: {error}") from None
     return target.stat().st_size
 

@@ -1,4 +1,5 @@
-"""Rows to text, Markdown, SVG and one HTML page: a pure function of the rows; no model is ever run."""
+"""Rows to text, Markdown, SVG and one HTML page: a pure function of the rows; no model is ever
+run."""
 
 from tersor.report.markup import markdown
 from tersor.report.summary import summary

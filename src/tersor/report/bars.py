@@ -68,7 +68,8 @@ def bar_sections(found: Measurements) -> list[Section]:
         tuple((b.network, b.what, b.allowed, b.measured or MISSING, b.verdict) for b in checked),
         (
             "A loss is judged by its measured value; the interval beside it says how sure that is. "
-            "Times are medians of the int8 form on ONNX Runtime over those of PyTorch's eager float32.",
+            "Times are medians of the int8 form on ONNX Runtime over those of PyTorch's eager "
+            "float32.",
         ),
     )
     return [Section("bars-section", "Bars", ", ".join(parts) + ".", (table,))]

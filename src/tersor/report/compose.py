@@ -18,12 +18,14 @@ TITLE = "Tersor: measured results"
 
 
 def compose(rows: Sequence[Mapping[str, Any]]) -> Document:
-    """The report of `rows`, which stay as they are. Raises RunError for rows that cannot be read."""
+    """The report of `rows`, which stay as they are. Raises RunError for rows that cannot be
+    read."""
     found = read(rows)
     footer = "Made by tersor report from rows.jsonl; change the rows, not this page."
     if any(network.family for network in found.networks):
         footer += (
-            " The study's columns are its own published figures, on the original CIFAR-10 with other "
+            " The study's columns are its own published figures, on the original CIFAR-10 with "
+            "other "
             "weights: a reference, not a comparison."
         )
     if found.unknown_kinds:

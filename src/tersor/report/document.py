@@ -1,4 +1,5 @@
-"""What a report says, before it is text, Markdown or HTML. Every string is plain and not yet escaped."""
+"""What a report says, before it is text, Markdown or HTML. Every string is plain and not yet
+escaped."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import dataclasses as dc
 
 @dc.dataclass(frozen=True)
 class Column:
-    """A column: its heading, the heading it shares with its neighbours, and where its cells stand."""
+    """A column: its heading, the heading it shares with its neighbours, and where its cells
+    stand."""
 
     head: str
     group: str = ""
@@ -16,7 +18,8 @@ class Column:
 
 @dc.dataclass(frozen=True)
 class Table:
-    """A table; the first cell of a row names the row. `folded` tables are details, closed at first."""
+    """A table; the first cell of a row names the row. `folded` tables are details, closed at
+    first."""
 
     key: str
     caption: str
@@ -31,7 +34,10 @@ class Table:
 
 @dc.dataclass(frozen=True)
 class Line:
-    """One line of a plot: points (x, y) and, where known, the ends of each point's interval."""
+    """One line of a plot: points (x, y) and, where known, the ends of each point's interval.
+
+    A y that is not a number is a point not measured: the line is broken there.
+    """
 
     label: str
     points: tuple[tuple[float, float], ...]

@@ -1,4 +1,5 @@
-"""Plots to SVG by matplotlib: the same plot gives the same bytes, and a page's colours reach into it."""
+"""Plots to SVG by matplotlib: the same plot gives the same bytes, and a page's colours reach into
+it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from tersor.report.document import Bars, Plot
 from tersor.report.svg import GROUND, INK, QUIET, RULE, SERIES, finished
 from tersor.report.words import MISSING, clean
 
-# One marker and one dash pattern a series: distinct in black and white, and without sight of colour.
+# One marker and one dash pattern a series: distinct in black and white, and without sight of
+# colour.
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), "-", "-")
 DIAMOND: dict[str, Any] = {
@@ -30,7 +32,8 @@ VALUES_SHARE = 1.45  # of the longest bar: what lies right of it is the column o
 
 
 def file_name(plot: Plot) -> str:
-    """The plot's file: its key with every character but letters, digits, dot and dash made a dash."""
+    """The plot's file: its key with every character but letters, digits, dot and dash made a
+    dash."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", plot.key).strip("-.") + ".svg"
 
 
@@ -41,7 +44,7 @@ def draw(plot: Plot) -> str:
     except ImportError:
         raise missing_extra("matplotlib", "report", "drawing the figures of a report") from None
     with _settings():
-        height = 3.5 if plot.lines else 0.95 + _bars_height(plot)
+        height = 3.6 if plot.lines else 0.95 + _bars_height(plot)
         width = LINES_INCH if plot.lines else BARS_INCH
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
@@ -139,8 +142,8 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
     axes.set_xticks(sorted({x for line in plot.lines for x, _ in line.points}))
     axes.grid(axis="y")
     axes.tick_params(length=3, width=0.7)
-    axes.legend(
-        loc="lower left", frameon=False, handlelength=3.2, labelspacing=0.45, borderaxespad=0.3
+    axes.figure.legend(
+        loc="outside upper left", ncols=2, frameon=False, handlelength=3.2, columnspacing=1.5
     )
 
 
@@ -154,6 +157,8 @@ def _bars_height(plot: Plot) -> float:
 
 def _draw_bars(axes: Any, plot: Plot) -> None:
     """Horizontal bars, a name above each group: long names stay readable on a narrow screen."""
+    from matplotlib.ticker import MaxNLocator
+
     top = plot.limits[1] or _largest(plot)
     step = len(plot.bars) * 0.62 + 0.95
     has_reference = False
@@ -165,7 +170,9 @@ def _draw_bars(axes: Any, plot: Plot) -> None:
     axes.set_ylim(len(plot.categories) * step - 0.95, -1.05)
     axes.set_xlim(0, top * VALUES_SHARE)
     axes.set_yticks([])
-    axes.set_xticks([t for t in axes.get_xticks() if 0 <= t <= top * 1.001])
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top)
+    axes.set_xticks([t for t in ticks if t <= top * 1.001])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel(plot.x_label)
     axes.grid(axis="x")
     axes.tick_params(length=0)
@@ -173,7 +180,8 @@ def _draw_bars(axes: Any, plot: Plot) -> None:
 
 
 def _draw_bar(axes: Any, series: Bars, number: int, y: float, place: int, top: float) -> bool:
-    """One bar, its value in words behind it, the study's value as an open diamond. True: it has one."""
+    """One bar, its value in words behind it, the study's value as an open diamond. True: it has
+    one."""
     value = series.values[number]
     if value is None:
         axes.text(0.01 * top, y, MISSING, va="center", fontsize=9, fontstyle="italic")
@@ -234,6 +242,7 @@ def _largest(plot: Plot) -> float:
 
 
 def _label(text: str) -> str:
-    """A label without what matplotlib reads as its own: a leading underscore hides a legend's entry."""
+    """A label without what matplotlib reads as its own: a leading underscore hides a legend's
+    entry."""
     cleaned = clean(text)
     return f"\u200b{cleaned}" if cleaned.startswith("_") else cleaned

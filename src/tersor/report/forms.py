@@ -1,4 +1,5 @@
-"""Table 4.2 and Figure 4.3: size, accuracy and CPU time of every form, and the lists behind them."""
+"""Table 4.2 and Figure 4.3: size, accuracy and CPU time of every form, and the lists behind
+them."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def form_sections(found: Measurements) -> list[Section]:
             Section(
                 f"forms-{index}",
                 f"{title} {network_title(network)}",
-                "What a form costs and what it gives. float32 on ONNX Runtime stands beside the int8 forms, "
+                "What a form costs and what it gives. float32 on ONNX Runtime stands beside the "
+                "int8 forms, "
                 "so that no speed-up of the engine is credited to quantization."
                 if quantized
                 else "",
@@ -162,7 +164,8 @@ def _plots(found: Measurements, network: Network, forms: list[Form], index: int)
         Plot(
             f"accuracy-{network.model}-{index}",
             f"{prefix}{title}, accuracy",
-            "Top-1 accuracy on the test images; the difference from float32 in points stands behind it.",
+            "Top-1 accuracy on the test images; in brackets the difference from float32, in "
+            "points.",
             "accuracy, %",
             categories=labels,
             bars=(
@@ -212,7 +215,8 @@ def _time_plot(
 
 
 def _study_reference(network: Network, form: Form) -> Quantized | None:
-    """The study ran PyTorch: its float network stands beside ours on that engine, its int8 beside any."""
+    """The study ran PyTorch: its float network stands beside ours on that engine, its int8 beside
+    any."""
     known = QUANTIZED.get(network.family, {}).get(form.variant)
     if known is None or form.sparsity or (form.variant == "float" and form.engine != "torch"):
         return None

@@ -25,7 +25,8 @@ FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf
 
 
 def highlights(found: Measurements) -> tuple[Highlight, ...]:
-    """How much smaller, how much faster, at what cost: one for every network with a compressed form."""
+    """How much smaller, how much faster, at what cost: one for every network with a compressed
+    form."""
     made = (_highlight(found, network) for network in found.networks)
     return tuple(h for h in made if h is not None)
 
@@ -102,7 +103,8 @@ def _bytes(found: Measurements, network: Network, form: Form) -> float:
 
 
 def _speed(found: Measurements, network: Network, form: Form) -> tuple[int, float, str] | None:
-    """(batch, share of eager's time, in words) at the smallest batch timed; the engine's own part beside."""
+    """(batch, share of eager's time, in words) at the smallest batch timed; the engine's own part
+    beside."""
     for batch in found.batches(network):
         time = found.time(network, form, batch)
         if time is None or not time.ratio:
@@ -125,8 +127,8 @@ def _cost(score: Accuracy) -> str:
 
 
 def _pruned_sentence(found: Measurements, network: Network, base: int | None) -> str:
-    """What fine-tuning saves at the highest sparsity of a study: every scope, for the better one would be
-    chosen on the test images."""
+    """What fine-tuning saves at the highest sparsity of a study: every scope, for the better one
+    would be chosen on the test images."""
     tuned = [
         (form, score)
         for form in found.forms(network)
@@ -144,7 +146,8 @@ def _pruned_sentence(found: Measurements, network: Network, base: int | None) ->
             smaller = f", in a file {times(base / own)} times smaller" if base and own else ""
             parts.append(f"{scope} {_cost(score)}{smaller}".strip())
     return (
-        f"With {percent(highest, 0)} % of the weights pruned and the rest fine-tuned, accuracy changes "
+        f"With {percent(highest, 0)} % of the weights pruned and the rest fine-tuned, accuracy "
+        f"changes "
         + "; ".join(parts)
         + "."
     )
@@ -155,7 +158,8 @@ def _joined(parts: list[str]) -> str:
 
 
 def conditions(found: Measurements) -> str:
-    """One paragraph: data, images, seeds, processor, threads, versions, dates; all read from the rows."""
+    """One paragraph: data, images, seeds, processor, threads, versions, dates; all read from the
+    rows."""
     rows = [
         row
         for row in found.rows

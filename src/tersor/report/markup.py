@@ -15,7 +15,8 @@ SPECIAL = re.compile(r"([\\`*\[\]|#~]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z]))")
 
 
 def markdown(rows: list[dict[str, Any]], *, figures: str = "figures") -> str:
-    """The report of `rows` as Markdown; `figures` is the folder its pictures are linked from ("": none).
+    """The report of `rows` as Markdown; `figures` is the folder its pictures are linked from ("":
+    none).
 
     Raises RunError for rows that cannot be read.
     """
@@ -35,7 +36,8 @@ def document_markdown(document: Document, figures: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` so that Markdown shows it as it is: no tag, no link, no emphasis, no new table cell."""
+    """`text` so that Markdown shows it as it is: no tag, no link, no emphasis, no new table
+    cell."""
     return SPECIAL.sub(r"\\\1", html.escape(clean(text), quote=False))
 
 

@@ -22,7 +22,8 @@ KINDS = ("accuracy", "timing", "coverage", "training", "run")
 
 @dc.dataclass(frozen=True)
 class Network:
-    """A network on a data set; rows with another head (`num_classes`, 0: not stated) are another network."""
+    """A network on a data set; rows with another head (`num_classes`, 0: not stated) are another
+    network."""
 
     model: str
     data: str
@@ -48,7 +49,8 @@ class Form:
 
 @dc.dataclass(frozen=True)
 class Accuracy:
-    """Accuracy (0 to 1) of a form. Over several seeds: the means, and the span of their intervals."""
+    """Accuracy (0 to 1) of a form. Over several seeds: the means, and the span of their
+    intervals."""
 
     accuracy: float
     num_samples: int
@@ -62,7 +64,8 @@ class Accuracy:
 
 @dc.dataclass(frozen=True)
 class Time:
-    """Median CPU time of one batch, and its share of eager float32's (None where that was not timed)."""
+    """Median CPU time of one batch, and its share of eager float32's (None where that was not
+    timed)."""
 
     median_ms: float
     p05_ms: float | None
@@ -166,7 +169,8 @@ class Measurements:
 
 
 def read(rows: Iterable[Row]) -> Measurements:
-    """Sort rows into measurements. Raises RunError for no rows, and for one that cannot be what it says."""
+    """Sort rows into measurements. Raises RunError for no rows, and for one that cannot be what it
+    says."""
     rows = tuple(rows)
     networks: dict[Network, None] = {}
     accuracy: dict[tuple[Network, Form], dict[Any, Row]] = {}
@@ -221,7 +225,8 @@ def read(rows: Iterable[Row]) -> Measurements:
 
 
 def form_order(form: Form) -> tuple[Any, ...]:
-    """Float first, then pruned by sparsity, then the quantized forms; the preferred engine first."""
+    """Float first, then pruned by sparsity, then the quantized forms; the preferred engine
+    first."""
     return (
         _place(VARIANTS, form.variant),
         form.variant,
@@ -236,7 +241,8 @@ def form_order(form: Form) -> tuple[Any, ...]:
 
 
 def merged(rows: Sequence[Row]) -> Accuracy:
-    """One accuracy from the rows of its seeds: means, and the widest span of the intervals (cautious)."""
+    """One accuracy from the rows of its seeds: means, and the widest span of the intervals
+    (cautious)."""
     intervals = [row["interval"] for row in rows if row.get("interval")]
     sizes = [size for row in rows if (size := _number(row, "size_bytes")) is not None]
     return Accuracy(

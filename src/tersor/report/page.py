@@ -17,6 +17,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri
 UNIT = re.compile(
     r" (?=%)|(?<=\d) (?=(?:MiB|ms|pt|bytes|points|times)\b)|(?<=n) (?==)|(?<==) (?=\d)"
 )
+SHORT_HEAD = 12
 SHORT_CELL = 36  # characters that stay on one line in a column of words
 MARKS = {"met": "✓", "missed": "✗", MISSING: "–"}
 
@@ -114,7 +115,7 @@ def _table(table: Table) -> str:
     notes = "".join(f'<p class="note">{_text(note)}</p>' for note in table.notes)
     region = (
         f'<div class="scroll" role="region" aria-labelledby="{key}" tabindex="0">\n<table>\n'
-        f'<caption id="{key}">{_text(table.caption)}</caption>\n'
+        f'<caption id="{key}"><span>{_text(table.caption)}</span></caption>\n'
         f"<thead>\n{_head(table.columns)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>{notes}"
     )
     if not table.folded:
@@ -145,7 +146,9 @@ def _head(columns: tuple[Column, ...]) -> str:
 
 
 def _heading(column: Column, attributes: str = "", *, first: bool = False) -> str:
-    names = [name for name, on in (("right", column.right), ("first", first)) if on]
+    short = len(column.head) <= SHORT_HEAD
+    marks = (("right", column.right), ("first", first), ("short", short))
+    names = [name for name, on in marks if on]
     classes = f' class="{" ".join(names)}"' if names else ""
     return f'<th scope="col"{attributes}{classes}>{_text(column.head)}</th>'
 

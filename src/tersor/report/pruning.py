@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from tersor.report.document import Column, Line, Plot, Section, Table
 from tersor.report.measurements import RECOVERIES, Accuracy, Measurements, Network
 from tersor.report.reference import PRUNED, STUDY
 from tersor.report.words import (
-    SCOPE_DETAILS,
-    SCOPES,
     MISSING,
     NONE,
+    SCOPE_DETAILS,
+    SCOPES,
     count,
     mib,
     network_title,
@@ -176,13 +178,15 @@ def _plot(found: Measurements, network: Network, scope: str, index: int) -> Plot
         for sparsity in _sparsities(found, network):
             score = pruned(found, network, scope, sparsity, recovery)
             if score is None:
+                points.append((100 * sparsity, math.nan))
+                spans.append(None)
                 continue
             points.append((100 * sparsity, 100 * score.accuracy))
             ends = None
             if base is not None and score.low_pt is not None and score.high_pt is not None:
                 ends = (100 * base + score.low_pt, 100 * base + score.high_pt)
             spans.append(ends)
-        if len(points) > (base is not None):
+        if any(x > 0 and math.isfinite(y) for x, y in points):
             label = COLUMN_TITLES.get(recovery, recovery)
             lines.append(Line(label, tuple(points), tuple(spans)))
     study = PRUNED.get(network.family)
@@ -190,11 +194,8 @@ def _plot(found: Measurements, network: Network, scope: str, index: int) -> Plot
         reference = tuple((100 * s, 100 * accuracy) for s, accuracy in study.items())
         lines.append(Line("study, one-shot", reference, reference=True))
     title = f"{network_title(network)}, {_scope_words(scope)}"
-    ends_at = "; ".join(
-        f"{line.label}: {line.points[-1][1]:.1f} % at {line.points[-1][0]:.0f} % removed"
-        for line in lines
-        if line.points
-    )
+    last = [(line.label, [p for p in line.points if math.isfinite(p[1])][-1]) for line in lines]
+    ends_at = "; ".join(f"{label}: {y:.1f} % at {x:.0f} % removed" for label, (x, y) in last)
     return Plot(
         f"pruning-{network.model}-{scope or 'all'}-{index}",
         f"Figure 4.1 · {title}",
@@ -216,11 +217,13 @@ def _loss_plot(found: Measurements, network: Network, scope: str, index: int) ->
         for sparsity in _sparsities(found, network):
             score = pruned(found, network, scope, sparsity, recovery)
             if score is None or score.difference_pt is None:
+                points.append((100 * sparsity, math.nan))
+                spans.append(None)
                 continue
             points.append((100 * sparsity, score.difference_pt))
             low_pt, high_pt = score.low_pt, score.high_pt
             spans.append(None if low_pt is None or high_pt is None else (low_pt, high_pt))
-        if len(points) > 1:
+        if any(math.isfinite(y) for _, y in points[1:]):
             lines.append(Line(COLUMN_TITLES.get(recovery, recovery), tuple(points), tuple(spans)))
     if not any(low <= y <= high for line in lines for _, y in line.points[1:]):
         return None

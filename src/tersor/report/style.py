@@ -6,11 +6,11 @@ from tersor.report.svg import theme
 
 LIGHT = (
     "--ground: #ffffff; --panel: #f6f7f9; --ink: #16191d; --quiet: #5c636e; --rule: #d9dce1; "
-    "--shade: #c9ced6; --accent: #0b5cad; --good: #0a6b4a; --bad: #b3400a; " + theme(dark=False)
+    "--shade: #e3e6ea; --accent: #0b5cad; --good: #0a6b4a; --bad: #b3400a; " + theme(dark=False)
 )
 DARK = (
     "--ground: #14171c; --panel: #1c2027; --ink: #e8eaed; --quiet: #a3aab4; --rule: #3a4049; "
-    "--shade: #4a525e; --accent: #7cc0ff; --good: #4fd3a6; --bad: #ff9a66; " + theme(dark=True)
+    "--shade: #333a44; --accent: #7cc0ff; --good: #4fd3a6; --bad: #ff9a66; " + theme(dark=True)
 )
 
 STYLE = (
@@ -23,7 +23,7 @@ body {
   margin: 0; padding: 0 clamp(1rem, 4vw, 3rem); background: var(--ground); color: var(--ink);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
 }
-header, main, footer { max-width: 72rem; margin-inline: auto; }
+header, main, footer { max-width: 80rem; margin-inline: auto; }
 main:focus { outline: none; }
 header { padding-top: clamp(2rem, 6vw, 4.5rem); }
 h1, h2 {
@@ -67,15 +67,16 @@ figcaption { margin-top: 0.5rem; }
 figcaption b { display: block; color: var(--ink); font-weight: 600; }
 .scroll { overflow-x: auto; margin-block: 1.75rem 0.6rem; max-width: 100%; width: fit-content;
   background: linear-gradient(to left, var(--ground) 1.2rem, transparent) right / 2.6rem 100% no-repeat local,
-    linear-gradient(to left, var(--shade), transparent) right / 0.9rem 100% no-repeat scroll; }
+    linear-gradient(to left, var(--shade), transparent) right 2px top 0 / 0.7rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: 0.875rem; line-height: 1.4;
   font-variant-numeric: tabular-nums lining-nums; }
 caption { text-align: left; font-weight: 600; font-size: 0.95rem; padding: 0 0 0.55rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2.4rem); }
 th, td { padding: 0.42rem 0.65rem; text-align: left; vertical-align: baseline; max-width: 30rem; }
 td.right, th.right { text-align: right; white-space: nowrap; }
 thead th { font-weight: 500; color: var(--quiet); font-size: 0.82rem; vertical-align: bottom; }
 thead th.right { white-space: normal; min-width: 5.2rem; }
-th.short, td.short { white-space: nowrap; }
+thead th.short, td.short, th.short { white-space: nowrap; }
 thead tr:first-child th { border-top: 2px solid var(--ink); }
 thead tr:last-child th, thead th[rowspan] { border-bottom: 1px solid var(--ink); }
 thead th.group { min-width: 8.5rem; color: var(--ink); border-bottom: 1px solid var(--rule); }

@@ -173,7 +173,7 @@ def measure_quantized(lab: Lab, model: str, module: nn.Module, mode: str, origin
     session = open_session(quantized.graph, threads=lab.settings.threads)
     score = judge(lab, f"{model} {mode}", session)
     if lab.missing(kind="coverage", model=model, variant=mode):
-        lab.record(model, coverage_row(mode, quantized.plan, quantized.macs_share, quantized.bytes_share))
+        lab.record(model, coverage_row(mode, quantized.plan, quantized.coverage.to_dict()))
     lab.record(model, accuracy_row(mode, score, original, size))
 
 
@@ -186,10 +186,8 @@ def quantized_form(lab: Lab, model: str, module: nn.Module, mode: str) -> Quanti
     return quantize_graph(export_onnx(module, lab.splits.input_shape), lab.splits, spec)
 
 
-def coverage_row(
-    variant: str, plan: Plan, macs_share: float | None, bytes_share: float | None
-) -> dict[str, Any]:
-    """What was done to each layer, or why not."""
+def coverage_row(variant: str, plan: Plan, shares: dict[str, float]) -> dict[str, Any]:
+    """What was done to each layer, or why not, and the shares of MACs and bytes covered."""
     layers = [
         {k: v for k, v in decision.to_dict().items() if k != "kind"} for decision in plan.layers
     ]
@@ -197,8 +195,8 @@ def coverage_row(
         "kind": "coverage",
         "variant": variant,
         "layers": layers,
-        "macs_share": macs_share,
-        "bytes_share": bytes_share,
+        "macs_share": shares.get("macs_share"),
+        "bytes_share": shares.get("bytes_share"),
     }
 
 
@@ -261,7 +259,7 @@ def measure_pruned(
         "finetune": None if pruned.finetuned is None else pruned.finetuned.module,
     }
     if lab.missing(kind="coverage", model=model, variant="pruned", scope=scope, sparsity=sparsity):
-        row = coverage_row("pruned", pruned.plan, None, None)
+        row = coverage_row("pruned", pruned.plan, {})
         lab.record(model, {**row, "scope": scope, "sparsity": sparsity})
     for state, candidate in states.items():
         if state not in todo or candidate is None:

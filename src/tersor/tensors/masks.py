@@ -47,7 +47,7 @@ def removed_by_layer(saliencies: Sequence[torch.Tensor], sparsity: float, floor:
         if free:
             pooled = torch.cat([saliencies[i].flatten() for i in free])
             mask = keep_top(pooled, left)
-            for i, part in zip(free, mask.split([sizes[i] for i in free]), strict=True):
+            for i, part in zip(free, torch.split(mask, [sizes[i] for i in free]), strict=True):
                 removed[i] = int(part.numel() - part.sum())
         over = [i for i in free if removed[i] > most[i]]
         if not over:
