@@ -58,8 +58,9 @@ class Subject:
         self, input_shape: tuple[int, int, int], *, engine: str, threads: int | None
     ) -> Session:
         """Open the model on an engine; `torch` runs the module itself."""
-        if engine == "torch":
-            return open_session(self.need_module("the engine 'torch'"), engine=engine, threads=threads)
+        if engine.startswith("torch"):
+            module = self.need_module(f"the engine {engine!r}")
+            return open_session(module, engine=engine, threads=threads)
         return open_session(self.graph(input_shape), engine=engine, threads=threads)
 
 
@@ -88,9 +89,7 @@ def input_shape_of(graph: onnx.ModelProto) -> tuple[int, int, int]:
     return dims[1], dims[2], dims[3]
 
 
-def calibration_batches(
-    splits: Splits, num_images: int
-) -> Iterator[npt.NDArray[np.float32]]:
+def calibration_batches(splits: Splits, num_images: int) -> Iterator[npt.NDArray[np.float32]]:
     """Unlabelled calibration inputs, `num_images` at most, normalised, in batches."""
     part = splits.calibration
     if num_images > len(part):

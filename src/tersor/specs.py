@@ -87,7 +87,8 @@ def _require(ok: bool, message: str) -> None:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(
         value in allowed,
-        f"{name} must be one of {', '.join(allowed)}, got {value!r}." + did_you_mean(value, allowed),
+        f"{name} must be one of {', '.join(allowed)}, got {value!r}."
+        + did_you_mean(value, allowed),
     )
 
 
@@ -185,11 +186,15 @@ class Finetune(Spec, kind="finetune"):
                 math.isfinite(value) and value > 0,
                 f"finetune.{name} must be finite and positive, got {value!r}",
             )
-        _require(self.batch_size >= 2, f"finetune.batch_size must be 2 or more, got {self.batch_size}")
+        _require(
+            self.batch_size >= 2, f"finetune.batch_size must be 2 or more, got {self.batch_size}"
+        )
         for name in ("momentum", "label_smoothing", "warmup", "ema_decay"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"finetune.{name} must be in [0, 1), got {value!r}")
-        _require(0 <= self.distill <= 1, f"finetune.distill must be in [0, 1], got {self.distill!r}")
+        _require(
+            0 <= self.distill <= 1, f"finetune.distill must be in [0, 1], got {self.distill!r}"
+        )
         _require(
             0 <= self.small_epochs <= self.epochs,
             f"finetune.small_epochs must be between 0 and epochs ({self.epochs}), got "

@@ -36,7 +36,9 @@ def load_function(name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise SpecError(f"{path} failed while it was run: {type(error).__name__}: {error}") from error
+        raise SpecError(
+            f"{path} failed while it was run: {type(error).__name__}: {error}"
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

@@ -363,7 +363,7 @@ def test_an_artifact_built_by_hand_is_held_to_the_same_rules(tmp_path):
 
 def test_an_artifact_over_the_limits_is_refused_before_it_is_written(tmp_path):
     good = pack(network(), provenance={"log": "x" * (17 << 20)})
-    with pytest.raises(ArtifactError, match="header would take 1782.* at most 16777216"):
+    with pytest.raises(ArtifactError, match=r"header would take 1782.* at most 16777216"):
         save(good, tmp_path / "a.tersor")
     half = np.broadcast_to(np.float32(0), 1 << 28)  # 1 GiB in name only
     tensors = {"first": half, "second": half}

@@ -2,7 +2,6 @@
 
 import json
 import os
-
 import subprocess
 import sys
 
@@ -105,7 +104,9 @@ def test_people_get_text_and_json_gets_stdout_alone(home, capsys):
     weights = ("--weights", home / "net.safetensors")
     _, _, captured = run(capsys, "evaluate", "digits_net", *weights, "--data", "digits")
     assert "accuracy" in captured.out
-    _, answer, captured = run(capsys, "evaluate", "digits_net", *weights, "--data", "digits", "--json")
+    _, answer, captured = run(
+        capsys, "evaluate", "digits_net", *weights, "--data", "digits", "--json"
+    )
     assert captured.out.count("\n") == 1
     assert "accuracy" in captured.err
     assert set(answer) >= {"accuracy", "num_samples", "size_bytes", "interval"}
@@ -225,5 +226,14 @@ def test_the_installed_command_answers_help_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "evaluate", "prune", "quantize", "benchmark", "inspect", "export"):
+    for command in (
+        "demo",
+        "train",
+        "evaluate",
+        "prune",
+        "quantize",
+        "benchmark",
+        "inspect",
+        "export",
+    ):
         assert command in done.stdout

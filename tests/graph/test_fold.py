@@ -204,20 +204,3 @@ def test_mode_hooks_and_batch_statistics_are_as_before(training):
     assert not any(m._forward_hooks for m in module.modules())
     assert all(torch.equal(before[k], v) for k, v in module[0].state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), generator)
-
-
-def test_vgg16_at_32_pixels_loses_48_of_49_columns():
-    from tersor.models.networks import vgg16
-
-    with torch.device("meta"):
-        big = vgg16(num_classes=10)
-    small = Net.__new__(Net)
-    nn.Module.__init__(small)
-    small.features = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 512, 1))
-    small.pool, small.classifier, small.between = big.avgpool, nn.Linear(25088, 2), nn.Flatten()
-    assert big.classifier[0].in_features == 25088
-    small = small.double()
-    original = copy.deepcopy(small)
-    (fold,), _ = fold_copies_(small, EXAMPLE)
-    assert fold.copies == 49 and small.classifier.in_features == 512
-    assert same_function(small, original)

@@ -21,7 +21,8 @@ Model = Annotated[
 ]
 Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
 Weights = Annotated[
-    str | None, arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only")
+    str | None,
+    arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only"),
 ]
 
 

@@ -15,7 +15,8 @@ Model = Annotated[
 ]
 Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
 Weights = Annotated[
-    str | None, arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only")
+    str | None,
+    arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only"),
 ]
 
 
@@ -71,7 +72,10 @@ def evaluate(
         "threads": session.threads,
         "interval": None,
     }
-    say(output, f"accuracy {scores[0].accuracy:.2%} (n = {scores[0].num_samples}, {splits.name}, {part})")
+    say(
+        output,
+        f"accuracy {scores[0].accuracy:.2%} (n = {scores[0].num_samples}, {splits.name}, {part})",
+    )
     if len(scores) == 2:
         interval = paired_interval(scores[0], scores[1])
         answer["interval"] = interval.to_dict()
@@ -134,7 +138,9 @@ def benchmark(
     rows = []
     for size in batch:
         timings = time_sessions(sessions, input_shape, size, seconds=seconds)
-        rows += [{"model": name.rpartition(" on ")[0], **t.to_dict()} for name, t in timings.items()]
+        rows += [
+            {"model": name.rpartition(" on ")[0], **t.to_dict()} for name, t in timings.items()
+        ]
     around = environment()
     columns = ("model", "engine", "batch", "threads", "median_ms", "p05_ms", "p95_ms", "repeats")
     show_table(output, f"on {around['cpu']}", columns, [[r[c] for c in columns] for r in rows])
@@ -155,7 +161,9 @@ def inspect(
     from tersor.pipeline import resolve
 
     if model.endswith(".tersor"):
-        resolve(model, weights=weights, num_classes=num_classes)  # refuses options that do not apply
+        resolve(
+            model, weights=weights, num_classes=num_classes
+        )  # refuses options that do not apply
         answer = inspect_file(model)
     else:
         module = resolve(model, weights=weights, num_classes=num_classes).need_module("inspect")

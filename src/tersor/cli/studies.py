@@ -55,7 +55,9 @@ def study(
     for item in weights:
         name, equals, file = item.partition("=")
         if not equals:
-            raise SpecError(f"--weights {item!r}: expected NAME=FILE, for instance resnet18=net.safetensors")
+            raise SpecError(
+                f"--weights {item!r}: expected NAME=FILE, for instance resnet18=net.safetensors"
+            )
         named[name] = file
     return _run(settings, data, out, named, output)
 
@@ -69,7 +71,9 @@ def _run(
     from tersor.study.run import run_study
 
     directory = pathlib.Path(out)
-    splits = load_data(data, seed=settings.seed, num_calibration=max(2048, settings.num_calibration))
+    splits = load_data(
+        data, seed=settings.seed, num_calibration=max(2048, settings.num_calibration)
+    )
     with watching() as watch:
         page = run_study(settings, splits, directory, weights=weights, watch=watch)
     rows = read_rows(directory / "rows.jsonl")

@@ -35,5 +35,12 @@ def load_cifar10(*, seed: int = 0, num_calibration: int = 512) -> Splits:
         parts.append(ArraySet(images, np.asarray(found.targets, np.int64)))
         classes = tuple(found.classes)
     return split(
-        "CIFAR-10", parts[0], parts[1], classes, MEAN, STD, seed=seed, num_calibration=num_calibration
+        "CIFAR-10",
+        parts[0],
+        parts[1],
+        classes,
+        MEAN,
+        STD,
+        seed=seed,
+        num_calibration=num_calibration,
     )

@@ -174,16 +174,16 @@ def _keep(path: pathlib.Path, images: npt.NDArray[np.uint8]) -> None:
         ) from None
 
 
-def _decode(
-    files: list[pathlib.Path], expected: tuple[int, ...] | None
-) -> npt.NDArray[np.uint8]:
+def _decode(files: list[pathlib.Path], expected: tuple[int, ...] | None) -> npt.NDArray[np.uint8]:
     images: npt.NDArray[np.uint8] | None = None
     for index, file in enumerate(files):
         try:
             with Image.open(file) as image:
                 pixels = np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
         except Exception as error:  # decoders raise SyntaxError, struct.error and more
-            raise DataError(f"{file}: not a readable image ({error}); remove or replace it") from None
+            raise DataError(
+                f"{file}: not a readable image ({error}); remove or replace it"
+            ) from None
         if images is None:
             images = np.empty((len(files), *(expected or pixels.shape)), np.uint8)
         if pixels.shape != images.shape[1:]:

@@ -83,9 +83,7 @@ def _from_user(name: str, *, seed: int, num_calibration: int) -> Splits:
     else:
         mean, std = (0.0,) * channels, (1.0,) * channels
     classes = tuple(str(c) for c in range(num_classes))
-    return split(
-        name, train, test, classes, mean, std, seed=seed, num_calibration=num_calibration
-    )
+    return split(name, train, test, classes, mean, std, seed=seed, num_calibration=num_calibration)
 
 
 def _checked(name: str, part: str, images: Any, labels: Any) -> ArraySet:

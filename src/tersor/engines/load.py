@@ -22,7 +22,7 @@ class Session(Protocol):
     threads: int
 
     def run(self, batch: FloatArray) -> FloatArray:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32, N >= 1. Raises EngineError."""
+        """Logits (N, classes) of images (N, C, H, W), both float32, N >= 1. Raises EngineError."""
         ...
 
 
@@ -30,11 +30,12 @@ ENGINES: Registry[Callable[[Any, int], Session]] = Registry("engine")
 
 
 def open_session(model: Any, *, engine: str = "onnxruntime", threads: int | None = None) -> Session:
-    """A session of `model`: an onnx.ModelProto or an Artifact for "onnxruntime", a torch.nn.Module for "torch".
+    """A session of `model`: an onnx.ModelProto or an Artifact for "onnxruntime", a torch.nn.Module
+    for "torch".
 
     `threads` is the number of CPU threads of one run; by default all that this process may use.
-    Raises UnknownNameError for an engine nobody registered, SpecError for `threads` below 1, EngineError for
-    a model that the engine does not take.
+    Raises UnknownNameError for an engine nobody registered, SpecError for `threads` below 1,
+    EngineError for a model that the engine does not take.
     """
     build = ENGINES[engine]
     if threads is None:
@@ -54,8 +55,8 @@ def available_cpus() -> int:
 def checked_batch(batch: Any, expected: tuple[int | None, ...], engine: str) -> FloatArray:
     """`batch` as a contiguous array, or EngineError where its type or shape is not `expected`.
 
-    `expected` is (N, C, H, W); None is any size. The type must be float32 already: a silent conversion of
-    uint8 images would run un-normalised inputs.
+    `expected` is (N, C, H, W); None is any size. The type must be float32 already: a silent
+    conversion of uint8 images would run un-normalised inputs.
     """
     wanted = f"({', '.join('N' if d is None else str(d) for d in expected)})"
     if not isinstance(batch, np.ndarray):
@@ -64,7 +65,8 @@ def checked_batch(batch: Any, expected: tuple[int | None, ...], engine: str) -> 
         )
     if batch.dtype != np.float32:
         raise EngineError(
-            f"{engine}: expected float32 of shape {wanted}, got {batch.dtype} of shape {batch.shape}; "
+            f"{engine}: expected float32 of shape {wanted}, got {batch.dtype} of shape "
+            f"{batch.shape}; "
             "normalise images first (Splits.normalise)"
         )
     fits = batch.ndim == len(expected) and all(

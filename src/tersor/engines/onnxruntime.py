@@ -28,14 +28,16 @@ class OnnxRuntimeSession:
         graph = _graph_of(model)
         if len(graph.graph.output) != 1:
             raise EngineError(
-                f"onnxruntime: the graph has {len(graph.graph.output)} outputs; expected one, the logits"
+                f"onnxruntime: the graph has {len(graph.graph.output)} outputs; expected one, "
+                "the logits"
             )
         self.threads = threads
         self._session = inference_session(graph, threads)
         found = self._session.get_inputs()
         if len(found) != 1 or found[0].type != "tensor(float)":
             raise EngineError(
-                f"onnxruntime: the graph's inputs are {[(i.name, i.type) for i in found]}; expected one, of "
+                f"onnxruntime: the graph's inputs are {[(i.name, i.type) for i in found]}; "
+                "expected one, of "
                 "float32 images"
             )
         self._name = found[0].name
@@ -54,7 +56,7 @@ class OnnxRuntimeSession:
 
 
 def inference_session(graph: onnx.ModelProto, threads: int, *, optimize: bool = True) -> Any:
-    """ONNX Runtime's own session of `graph`, for what needs more than logits. Raises EngineError."""
+    """ONNX Runtime's own session of `graph`, for more than logits. Raises EngineError."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -69,7 +71,8 @@ def inference_session(graph: onnx.ModelProto, threads: int, *, optimize: bool = 
     size = graph.ByteSize()
     if size > LARGEST_BYTES:
         raise EngineError(
-            f"onnxruntime: the graph has {size} bytes; graphs in memory end at {LARGEST_BYTES}; quantize it"
+            f"onnxruntime: the graph has {size} bytes; graphs in memory end at {LARGEST_BYTES}; "
+            "quantize it"
         )
     try:
         return onnxruntime.InferenceSession(
@@ -101,10 +104,11 @@ def _only_weights_quantized(graph: onnx.ModelProto) -> bool:
 
 @functools.cache
 def _sums_saturate() -> bool:
-    """Whether this processor's fast kernels add pairs of uint8 x int8 products in 16 bits, which overflows.
+    """Whether this processor's fast kernels add pairs of uint8 x int8 products in 16 bits, which
+    overflows.
 
-    x86 without VNNI does; there the exact kernels are asked for. They are several times slower, so not elsewhere.
-    Where the flags cannot be read, exactness wins.
+    x86 without VNNI does; there the exact kernels are asked for. They are several times slower, so
+    not elsewhere. Where the flags cannot be read, exactness wins.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False

@@ -1,4 +1,5 @@
-"""From a PyTorch module to the deployment graph: an ONNX model with batch norm folded and names kept."""
+"""From a PyTorch module to the deployment graph: an ONNX model with batch norm folded and names
+kept."""
 
 from __future__ import annotations
 
@@ -24,13 +25,16 @@ OPSET = 20
 
 
 def export_onnx(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
-    """The graph of `module` in eval mode for float32 images of `input_shape` (C, H, W), any batch size.
+    """The graph of `module` in eval mode for float32 images of `input_shape` (C, H, W), any batch
+    size.
 
-    Input "input" (batch, C, H, W), one output "output"; opset 20. Batch normalisation is folded into the
-    convolutions before it, weights keep their names in the module, and no source paths are left inside.
-    The module is untouched. Raises ModelError with the user's line where it cannot be traced.
+    Input "input" (batch, C, H, W), one output "output"; opset 20. Batch normalisation is folded
+    into the convolutions before it, weights keep their names in the module, and no source paths are
+    left inside. The module is untouched. Raises ModelError with the user's line where it cannot be
+    traced.
     """
     example = torch.zeros(2, *input_shape)
+    failure: ModelError | None = None
     with _ready(module) as ready, _silence():
         try:
             program = torch.onnx.export(
@@ -48,14 +52,12 @@ def export_onnx(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mo
             graph: onnx.ModelProto = program.model_proto
         except Exception as error:
             failure = ModelError(_explain(module, input_shape, error))
-        else:
-            failure = None
     if failure is not None:
         raise failure
     if len(graph.graph.input) != 1 or len(graph.graph.output) != 1:
         raise ModelError(
-            f"{type(module).__name__} returns {len(graph.graph.output)} values; a classifier returns one "
-            "tensor of logits: wrap it in a module whose forward returns that tensor alone"
+            f"{type(module).__name__} returns {len(graph.graph.output)} values; a classifier "
+            "returns one tensor of logits: wrap it in a module whose forward returns that tensor alone"
         )
     simplify_pools_(graph)
     _name_weights_(graph, module)
@@ -65,8 +67,8 @@ def export_onnx(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mo
 
 @contextlib.contextmanager
 def _ready(module: nn.Module) -> Iterator[nn.Module]:
-    """The module in eval mode, float32 and on the CPU: itself, put back afterwards, or where it must be
-    converted a copy."""
+    """The module in eval mode, float32 and on the CPU: itself, put back afterwards, or where it
+    must be converted a copy."""
     tensors = [*module.parameters(), *module.buffers()]
     if any(
         t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32)
@@ -120,7 +122,7 @@ def _explain(module: nn.Module, input_shape: tuple[int, int, int], error: BaseEx
 
 
 def _user_line(text: str, causes: list[BaseException]) -> str:
-    """Where in the user's file: from the exporter's words, or the last frame outside of libraries."""
+    """Where in the user's file: by the exporter's words, or the last frame outside of libraries."""
     said = re.findall(r'File "([^"]+)", line (\d+), in (\w+)\n\s*([^\n]+)', text)
     frames = [(f, int(n), w, s) for f, n, w, s in said]
     for cause in causes:

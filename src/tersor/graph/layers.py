@@ -22,7 +22,8 @@ WEIGHT_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Convolutional and linear layers by qualified name, in the order of the module; a shared one once."""
+    """Convolutional and linear layers by qualified name, in the order of the module; a shared one
+    once."""
     return [
         (name, layer) for name, layer in module.named_modules() if isinstance(layer, WEIGHT_LAYERS)
     ]
@@ -32,9 +33,9 @@ def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 class GraphLayer:
     """One weight of a graph and the nodes that multiply by it (more than one where it is shared).
 
-    `name` is the module's qualified name ("features.0"), `weight` the initializer's ("features.0.weight").
-    `macs` counts multiplications for one image, `num_weights` the elements. `axis` is the axis of the output
-    channels in the stored weight.
+    `name` is the module's qualified name ("features.0"), `weight` the initializer's
+    ("features.0.weight"). `macs` counts multiplications for one image, `num_weights` the elements.
+    `axis` is the axis of the output channels in the stored weight.
     """
 
     name: str

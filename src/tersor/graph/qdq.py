@@ -1,4 +1,5 @@
-"""Quantized forms of an ONNX graph: QuantizeLinear/DequantizeLinear pairs, integer products, integer weights.
+"""Quantized forms of an ONNX graph: QuantizeLinear/DequantizeLinear pairs, integer products,
+integer weights.
 
 All functions build a new graph and leave the given one untouched. The codes of a weight are called
 `NAME_quantized`, beside `NAME_scale` and `NAME_zero_point`, in the shape and order of the original.
@@ -40,12 +41,13 @@ class Activations:
 
 
 def activations_to_quantize(graph: onnx.ModelProto, layers: Collection[GraphLayer]) -> Activations:
-    """Which values get codes, so that the nodes of `layers`, and what lies between them, run on integers."""
+    """Which values get codes, so that the nodes of `layers`, and what lies between them, run on
+    integers."""
     return _Marking(graph, layers).run()
 
 
 class _Marking:
-    """One walk over the nodes in order; a value is marked with everything it shares its range with."""
+    """One walk over the nodes in order; a value is marked with all that share its range."""
 
     def __init__(self, graph: onnx.ModelProto, layers: Collection[GraphLayer]) -> None:
         self.nodes = list(graph.graph.node)
@@ -80,23 +82,18 @@ class _Marking:
                 self.integer.add(node.output[0])
                 if node.input[0] in self.root:
                     self._mark(node.output[0])
-        order = [i.name for i in self._inputs()] + [o for n in self.nodes for o in n.output]
+        order = dict.fromkeys(n for node in self.nodes for n in (*node.input, *node.output))
         return Activations({name: self.root[name] for name in order if name in self.root})
-
-    def _inputs(self) -> list[Any]:
-        made = set(self.made_by) | self.constants
-        names = dict.fromkeys(n for node in self.nodes for n in node.input if n and n not in made)
-        return [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names]
 
     def _on_integers(self, node: NodeProto) -> bool:
         no_constant = not self.constants.intersection(node.input)
         return no_constant and any(name in self.integer for name in node.input)
 
     def _after_merging(self, node: NodeProto) -> str:
-        name = node.output[0]
+        name = str(node.output[0])
         readers = self.readers.get(name, [])
         alone = len(readers) == 1 and name not in self.outputs
-        return readers[0].output[0] if alone and readers[0].op_type in MERGED else name
+        return str(readers[0].output[0] if alone and readers[0].op_type in MERGED else name)
 
     def _mark(self, name: str) -> str:
         if name not in self.root:
@@ -113,9 +110,9 @@ def static_graph(
     ranges: Mapping[str, tuple[float, float]],
     granularity: str,
 ) -> onnx.ModelProto:
-    """The graph with uint8 codes for `activations` (by `ranges` of their roots), int8 for the weights of
-    `layers` and int32 for their biases."""
-    build = _Rewriting(graph, {layer.weight for layer in layers})
+    """The graph with uint8 codes for `activations` (by `ranges` of their roots), int8 for the
+    weights of `layers` and int32 for their biases."""
+    build = _Rewriting(graph)
     codes = {root: choose_affine(*ranges[root]) for root in activations.observed}
     chosen = {index: layer for layer in layers for index in layer.nodes}
     outputs = {o.name for o in graph.graph.output}
@@ -141,8 +138,9 @@ def static_graph(
 def dynamic_graph(
     graph: onnx.ModelProto, layers: Collection[GraphLayer], granularity: str
 ) -> onnx.ModelProto:
-    """The graph with int8 weights for the matrix products of `layers`; their inputs are quantized at run time."""
-    build = _Rewriting(graph, {layer.weight for layer in layers})
+    """The graph with int8 weights for the matrix products of `layers`; their inputs are quantized
+    at run time."""
+    build = _Rewriting(graph)
     chosen = {index: layer for layer in layers for index in layer.nodes}
     for index, original in enumerate(graph.graph.node):
         node = build.copy(original)
@@ -157,7 +155,7 @@ def weight_only_graph(
     graph: onnx.ModelProto, layers: Collection[GraphLayer], granularity: str
 ) -> onnx.ModelProto:
     """The graph with int8 weights for `layers`, dequantized where they are used."""
-    build = _Rewriting(graph, {layer.weight for layer in layers})
+    build = _Rewriting(graph)
     chosen = {index: layer for layer in layers for index in layer.nodes}
     for index, original in enumerate(graph.graph.node):
         node = build.copy(original)
@@ -171,10 +169,9 @@ def weight_only_graph(
 class _Rewriting:
     """A graph under construction: nodes in order, initializers by name."""
 
-    def __init__(self, graph: onnx.ModelProto, replaced: set[str]) -> None:
+    def __init__(self, graph: onnx.ModelProto) -> None:
         self.source = graph
         self.originals = {i.name: i for i in graph.graph.initializer}
-        self.replaced = replaced
         self.nodes: list[NodeProto] = []
         self.added: dict[str, onnx.TensorProto] = {}
         self.renamed: dict[str, str] = {}
@@ -202,7 +199,8 @@ class _Rewriting:
         return output
 
     def pair(self, name: str, source: str, root: str, codes: Mapping[str, tuple[Any, Any]]) -> None:
-        """Quantize and dequantize the value `source`; later readers of `name` get the dequantized one."""
+        """Quantize and dequantize the value `source`; later readers of `name` get the dequantized
+        one."""
         scale = self.add(f"{root}_scale", codes[root][0])
         zero_point = self.add(f"{root}_zero_point", codes[root][1])
         coded = self.node("QuantizeLinear", [source, scale, zero_point], f"{name}_quantized")
@@ -213,7 +211,8 @@ class _Rewriting:
     def weight(self, layer: GraphLayer, granularity: str, smallest: Array | float = 0.0) -> Array:
         """Put the codes of the layer's weight in, once, and return its scale.
 
-        `smallest` bounds the scale from below, so that the bias at input scale * weight scale fits int32.
+        `smallest` bounds the scale from below, so that the bias at input scale * weight scale fits
+        int32.
         """
         if layer.weight not in self.scales:
             values = numpy_helper.to_array(self.originals[layer.weight])
@@ -239,34 +238,27 @@ class _Rewriting:
     def quantized_layer(
         self, node: NodeProto, layer: GraphLayer, input_scale: np.float32, granularity: str
     ) -> None:
-        """Give `node` an int8 weight and an int32 bias whose scale is input scale * weight scale."""
-        has_bias = len(node.input) > 2 and node.input[2] in self.originals
-        bias = (
-            numpy_helper.to_array(self.originals[node.input[2]])
-            if has_bias
-            else np.zeros(1, np.float32)
-        )
-        smallest = np.abs(bias) / (2.0**30 * float(input_scale)) + SMALLEST_SCALE / float(
-            input_scale
-        )
+        """Give `node` an int8 weight and an int32 bias of scale: input scale * weight scale."""
+        held = self.originals.get(node.input[2]) if len(node.input) > 2 else None
+        bias = np.zeros(1, np.float32) if held is None else numpy_helper.to_array(held)
+        smallest = (np.abs(bias) / 2.0**30 + SMALLEST_SCALE) / float(input_scale)
         if len(layer.nodes) > 1:  # one weight for several inputs and biases
             smallest = smallest.max()
         scale = self.weight(layer, granularity, smallest)
         node.input[1] = self.dequantized(layer, scale)
-        if not has_bias:
+        if held is None:
             return
         bias_scale = np.asarray(scale * input_scale, np.float32)
-        name = f"{node.input[2]}" if len(layer.nodes) == 1 else f"{node.output[0]}_bias"
-        self.replaced.add(node.input[2])
-        axis = 0 if bias_scale.ndim else None
-        self.add(f"{name}_quantized", quantize(bias, bias_scale, dtype=np.int32, axis=axis))
+        name = held.name if len(layer.nodes) == 1 else f"{node.output[0]}_bias"
+        along = {"axis": 0} if bias_scale.ndim else {}
+        self.add(f"{name}_quantized", quantize(bias, bias_scale, dtype=np.int32, **along))
         self.add(f"{name}_scale", bias_scale)
         inputs = [f"{name}_quantized", f"{name}_scale"]
-        extra = {} if axis is None else {"axis": 0}
-        node.input[2] = self.node("DequantizeLinear", inputs, f"{name}_dequantized", **extra)
+        node.input[2] = self.node("DequantizeLinear", inputs, f"{name}_dequantized", **along)
 
     def dynamic_product(self, node: NodeProto, layer: GraphLayer, granularity: str) -> None:
-        """Replace a matrix product by DynamicQuantizeLinear and MatMulInteger, in the order the engine merges."""
+        """Replace a matrix product by DynamicQuantizeLinear and MatMulInteger, in the order the
+        engine merges."""
         scale = self.weight(layer, granularity)
         end, name = node.output[0], node.output[0]
         parts = [f"{name}_input_{part}" for part in ("quantized", "scale", "zero_point")]
@@ -289,7 +281,7 @@ class _Rewriting:
             self.node("Add", [product, node.input[2]], end)
 
     def finish(self, renamed_outputs: set[str]) -> onnx.ModelProto:
-        """The new model, without initializers that nothing reads and with the old recorded shapes."""
+        """The new model, without initializers that nothing reads, with the old recorded shapes."""
         model = onnx.ModelProto()
         model.ir_version = self.source.ir_version
         model.producer_name, model.producer_version = "tersor", ""

@@ -21,7 +21,9 @@ def excluded_layers(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
             try:
                 expression = re.compile(pattern.removeprefix("re:"))
             except re.error as error:
-                raise SpecError(f"exclude {pattern!r} is not a regular expression: {error}") from None
+                raise SpecError(
+                    f"exclude {pattern!r} is not a regular expression: {error}"
+                ) from None
             covered = {name for name in names if expression.fullmatch(name)}
         else:
             covered = {name for name in names if name == pattern}

@@ -6,12 +6,13 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from tersor.graph.layers import value_shapes
+from tersor.graph.layers import attribute, value_shapes
 
 
 def simplify_pools_(graph: onnx.ModelProto) -> None:
-    """In place: a mean over all of a map becomes GlobalAveragePool, and an adaptive pool that enlarges a 1x1
-    map (Transpose, GatherND, Transpose, ReduceMean) becomes Expand: copies of one value."""
+    """In place: a mean over all of a map becomes GlobalAveragePool, and an adaptive pool that
+    enlarges a 1x1 map (Transpose, GatherND, Transpose, ReduceMean) becomes Expand: copies of one
+    value."""
     shapes = value_shapes(graph)
     constants = {i.name: i for i in graph.graph.initializer}
     for node in list(graph.graph.node):
@@ -24,21 +25,33 @@ def simplify_pools_(graph: onnx.ModelProto) -> None:
             graph.graph.initializer.append(
                 numpy_helper.from_array(np.array([1, 1, height, width], np.int64), target)
             )
-            _replace_(graph, node, "Expand", [source, target])
+            _replace_(node, "Expand", [source, target])
         elif _is_global(node, shapes, constants):
-            _replace_(graph, node, "GlobalAveragePool", [node.input[0]])
+            _pool_globally_(graph, node)
     _remove_unused_(graph)
 
 
 def _is_global(
     node: onnx.NodeProto, shapes: dict[str, list[int]], constants: dict[str, onnx.TensorProto]
 ) -> bool:
-    keeps = all(a.i == 1 for a in node.attribute if a.name == "keepdims")
-    if not keeps or len(node.input) < 2 or node.input[1] not in constants:
+    if len(node.input) < 2 or node.input[1] not in constants:
         return False
     shape = shapes.get(node.input[0], [])
     axes = sorted(int(a) % 4 for a in numpy_helper.to_array(constants[node.input[1]]))
     return len(shape) == 4 and axes == [2, 3]
+
+
+def _pool_globally_(graph: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    """GlobalAveragePool, which keeps the 1x1 map, and Flatten where the mean dropped it."""
+    source = node.input[0]
+    if attribute(node, "keepdims", 1):
+        _replace_(node, "GlobalAveragePool", [source])
+        return
+    pooled = f"{node.output[0]}_map"
+    place = list(graph.graph.node).index(node)
+    _replace_(node, "Flatten", [pooled])
+    pool = onnx.helper.make_node("GlobalAveragePool", [source], [pooled], name=f"{pooled}_pool")
+    graph.graph.node.insert(place, pool)
 
 
 def _enlarged(
@@ -64,14 +77,14 @@ def _enlarged(
     before_shape, after_shape = shapes.get(first.input[0], []), shapes.get(mean.output[0], [])
     if before_shape[2:] != [1, 1] or len(after_shape) != 4 or 0 in after_shape[1:]:
         return None
-    return first.input[0]
+    return str(first.input[0])
 
 
 def _perm(node: onnx.NodeProto) -> list[int]:
     return next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
 
 
-def _replace_(graph: onnx.ModelProto, node: onnx.NodeProto, op: str, inputs: list[str]) -> None:
+def _replace_(node: onnx.NodeProto, op: str, inputs: list[str]) -> None:
     del node.input[:], node.attribute[:]
     node.op_type = op
     node.input.extend(inputs)

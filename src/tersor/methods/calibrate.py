@@ -1,4 +1,4 @@
-"""One pass of calibration inputs through the float graph: the range of every value that needs one."""
+"""One pass of calibration inputs through the float graph: the ranges of its values."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def observe_ranges(
     observer: str,
     num_images: int,
 ) -> tuple[dict[str, tuple[float, float]], int]:
-    """Ranges (low, high) of the values `names` over the first `num_images` images of `batches` (N, C, H, W)
-    float32, by the registered `observer`, and the number of images seen.
+    """Ranges (low, high) of the values `names` over the first `num_images` images of `batches` (N,
+    C, H, W) float32, by the registered `observer`, and the number of images seen.
 
     Raises DataError for no images, another shape, NaN or infinity, naming the batch.
     """
@@ -51,7 +51,8 @@ def observe_ranges(
                     watching.observe(values[name])
                 except DataError as error:
                     raise DataError(
-                        f"calibration batch {number}: the value {name!r} inside the model: {error}; the float "
+                        f"calibration batch {number}: the value {name!r} inside the model: "
+                        f"{error}; the float "
                         "model overflows on this input"
                     ) from None
         seen += len(batch)
@@ -90,14 +91,16 @@ def _checked(
             )
         if values.dtype != np.float32:
             raise DataError(
-                f"calibration batch {number} is {values.dtype}; expected float32 as the model sees it "
+                f"calibration batch {number} is {values.dtype}; expected float32 as the model "
+                "sees it "
                 "(Splits.batches normalises)"
             )
         values = np.ascontiguousarray(values[:left])
         if not np.isfinite(values).all():
             image = int(np.argwhere(~np.isfinite(values))[0][0])
             raise DataError(
-                f"calibration batch {number} holds NaN or infinity in image {image}; clean the inputs"
+                f"calibration batch {number} holds NaN or infinity in image {image}; clean the "
+                "inputs"
             )
         left -= len(values)
         yield number, values

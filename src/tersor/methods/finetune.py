@@ -20,7 +20,9 @@ from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.specs import Finetune
 
 Masks = Mapping[str, torch.Tensor]
-COMPILE_PAYS_AFTER_S = 900.0  # a compiled step is at most a seventh faster; compiling takes about a minute
+COMPILE_PAYS_AFTER_S = (
+    900.0  # a compiled step is at most a seventh faster; compiling takes about a minute
+)
 
 
 @dc.dataclass(frozen=True)
@@ -168,7 +170,11 @@ class _Loop:
             now = time.perf_counter()
             self.state.step = step + 1
             self.state.seconds = before + now - started
-            if now - shown > 1 or step + 1 == self.num_steps or (step + 1) % self.steps_per_epoch == 0:
+            if (
+                now - shown > 1
+                or step + 1 == self.num_steps
+                or (step + 1) % self.steps_per_epoch == 0
+            ):
                 losses.append(self._finite(loss, step))
                 shown = now
                 rate = (step + 1 - first) * self.batch / (now - started)
@@ -209,8 +215,9 @@ class _Loop:
             task = functional.cross_entropy(logits, labels, label_smoothing=spec.label_smoothing)
             loss = loss + (1 - spec.distill) * task
         if self.teacher is not None:
-            with torch.no_grad(), torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+            with (
+                torch.no_grad(),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
             ):
                 target = self.teacher(inputs).float()
             # Hinton 2015: soft targets at temperature T, scaled by T^2 to keep the gradient's size.
@@ -278,7 +285,9 @@ class _Loop:
         try:
             content: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
-            raise RunError(f"checkpoint {path} cannot be read ({error}); remove it to start anew") from None
+            raise RunError(
+                f"checkpoint {path} cannot be read ({error}); remove it to start anew"
+            ) from None
         if content["spec"] != repr(self.spec):
             raise RunError(
                 f"checkpoint {path} belongs to another recipe: {content['spec']}, asked for {self.spec!r}; "
@@ -336,13 +345,18 @@ def usable_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def training_accuracy(module: nn.Module, splits: Splits, part: ArraySet, batch_size: int = 500) -> float:
+def training_accuracy(
+    module: nn.Module, splits: Splits, part: ArraySet, batch_size: int = 500
+) -> float:
     """Top-1 accuracy in training's precision, for watching only: published figures come from an engine."""
     device = next(module.parameters()).device
     precision = usable_precision("bf16", device)
     right = 0
     assert part.labels is not None
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
         for start, inputs in zip(
             range(0, len(part), batch_size), splits.batches(part, batch_size), strict=True
         ):

@@ -99,5 +99,7 @@ def _finite(name: str, layer: nn.Module) -> nn.Parameter:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     if not torch.isfinite(weight).all():
-        raise ModelError(f"layer {name!r} holds NaN or infinite weights; train it again or mend the file")
+        raise ModelError(
+            f"layer {name!r} holds NaN or infinite weights; train it again or mend the file"
+        )
     return weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ from tersor.graph.qdq import (
     static_graph,
     weight_only_graph,
 )
+from tersor.graph.select import excluded_layers
 from tersor.methods.calibrate import observe_ranges
 from tersor.registry import did_you_mean
 from tersor.specs import LayerPlan, Plan, Quantize
@@ -30,7 +30,8 @@ ACTIONS = {"static": "int8", "dynamic": "dynamic", "weight_only": "weight_only"}
 
 @dc.dataclass(frozen=True)
 class Coverage:
-    """Shares (0 to 1) of the model's multiplications and of its layers' weight bytes that run or lie in int8."""
+    """Shares (0 to 1) of the model's multiplications and of its layers' weight bytes that run or
+    lie in int8."""
 
     macs_share: float
     bytes_share: float
@@ -44,8 +45,8 @@ class Coverage:
 class Quantized:
     """The quantized graph, what was done to each layer, and how much of the model that is.
 
-    `ranges` holds (low, high) of every quantized activation, `num_calibration` the images they come from;
-    both are empty but for mode static.
+    `ranges` holds (low, high) of every quantized activation, `num_calibration` the images they come
+    from; both are empty but for mode static.
     """
 
     graph: onnx.ModelProto
@@ -65,20 +66,23 @@ def quantize(
 
 
 def plan(graph: onnx.ModelProto, spec: Quantize) -> Plan:
-    """Decide for every convolutional and linear layer of the float `graph`, in the order of computing.
+    """Decide for every convolutional and linear layer of the float `graph`, in the order of
+    computing.
 
-    A layer that is kept has its reason. Raises SpecError for a pattern in spec.exclude that matches no layer,
-    UnknownNameError for the observer, ModelError for weights that are not finite or a graph that is quantized.
+    A layer that is kept has its reason. Raises SpecError for a pattern in spec.exclude that matches
+    no layer, UnknownNameError for the observer, ModelError for weights that are not finite or a
+    graph that is quantized.
     """
     if spec.mode == "static":
         OBSERVERS[spec.observer]
     layers = graph_layers(graph)
     _refuse_quantized(graph, layers)
-    excluded = _excluded(layers, spec.exclude)
+    patterns = [p if p.startswith("re:") else p.removesuffix(".weight") for p in spec.exclude]
+    excluded = excluded_layers([layer.name for layer in layers], patterns)
     values = {i.name: i for i in graph.graph.initializer}
     decided = []
     for layer in layers:
-        reason = excluded.get(layer.name) or layer.problem
+        reason = "excluded by the request" if layer.name in excluded else layer.problem
         if not reason and spec.mode == "dynamic" and layer.op not in ("Gemm", "MatMul"):
             reason = "dynamic quantization covers linear layers only"
         if not reason and not np.isfinite(numpy_helper.to_array(values[layer.weight])).all():
@@ -93,9 +97,10 @@ def apply(
 ) -> Quantized:
     """Do what `plan` says to a copy of the float `graph`.
 
-    `calibration` gives batches (N, C, H, W) float32, without labels, as the model sees them; mode static takes
-    the first request.num_calibration images, other modes none. Raises DataError for unusable calibration,
-    SpecError for a plan of something else, ModelError where the plan and the graph disagree.
+    `calibration` gives batches (N, C, H, W) float32, without labels, as the model sees them; mode
+    static takes the first request.num_calibration images, other modes none. Raises DataError for
+    unusable calibration, SpecError for a plan of something else, ModelError where the plan and the
+    graph disagree.
     """
     spec = plan.request
     if not isinstance(spec, Quantize):
@@ -135,34 +140,6 @@ def _refuse_quantized(graph: onnx.ModelProto, layers: list[GraphLayer]) -> None:
         )
 
 
-def _excluded(layers: list[GraphLayer], patterns: tuple[str, ...]) -> dict[str, str]:
-    """Layers by name that a pattern matches, with the reason. An exact name, `re:PATTERN` of a full match."""
-    found: dict[str, str] = {}
-    known = [layer.name for layer in layers]
-    for pattern in patterns:
-        try:
-            expression = re.compile(
-                pattern.removeprefix("re:") if pattern.startswith("re:") else re.escape(pattern)
-            )
-        except re.error as error:
-            raise SpecError(
-                f"quantize.exclude: {pattern!r} is not a regular expression: {error}"
-            ) from None
-        matched = [
-            layer.name
-            for layer in layers
-            if expression.fullmatch(layer.name) or expression.fullmatch(layer.weight)
-        ]
-        if not matched:
-            raise SpecError(
-                f"quantize.exclude: {pattern!r} matches no layer; the layers are {', '.join(known[:8])}"
-                + (f" and {len(known) - 8} more." if len(known) > 8 else ".")
-                + did_you_mean(pattern.removeprefix("re:"), known)
-            )
-        found.update(dict.fromkeys(matched, f"excluded by {pattern!r}"))
-    return found
-
-
 def _chosen(layers: list[GraphLayer], plan: Plan, spec: Quantize) -> list[GraphLayer]:
     """The layers that the plan quantizes, checked against the graph."""
     by_name = {layer.name: layer for layer in layers}
@@ -170,7 +147,8 @@ def _chosen(layers: list[GraphLayer], plan: Plan, spec: Quantize) -> list[GraphL
     for decision in plan.layers:
         if decision.layer not in by_name:
             raise ModelError(
-                f"the plan names layer {decision.layer!r}, which the graph does not hold: it is the plan of "
+                f"the plan names layer {decision.layer!r}, which the graph does not hold: it is "
+                "the plan of "
                 "another model." + did_you_mean(decision.layer, by_name)
             )
         if decision.action == "keep":
@@ -178,7 +156,8 @@ def _chosen(layers: list[GraphLayer], plan: Plan, spec: Quantize) -> list[GraphL
         layer = by_name[decision.layer]
         if decision.action != ACTIONS[spec.mode]:
             raise SpecError(
-                f"plan: layer {layer.name!r} has action {decision.action!r}; mode {spec.mode} allows keep and "
+                f"plan: layer {layer.name!r} has action {decision.action!r}; mode {spec.mode} "
+                "allows keep and "
                 f"{ACTIONS[spec.mode]}"
             )
         if layer.problem or (spec.mode == "dynamic" and layer.op == "Conv"):

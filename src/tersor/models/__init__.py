@@ -6,6 +6,7 @@ from tersor.models.load import (
     load_model,
     load_weights_,
     read_weights,
+    save_compact,
     save_weights,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "load_model",
     "load_weights_",
     "read_weights",
+    "save_compact",
     "save_weights",
 ]

@@ -38,7 +38,9 @@ def compact_tensors(
         codes = torch.round(rows / step[:, None])
         largest = float(codes.abs().max())
         if largest > LARGEST_CODE:
-            raise ModelError(f"{name}: a code of {largest:.0f} does not fit 16 bits; raise its error")
+            raise ModelError(
+                f"{name}: a code of {largest:.0f} does not fit 16 bits; raise its error"
+            )
         kind = torch.int8 if largest <= 127 else torch.int16
         tensors[name + CODES] = codes.to(kind).view(value.shape)
         tensors[name + STEP] = step
@@ -76,5 +78,7 @@ def unpacked(data: bytes, limit: int = 2**31) -> bytes:
     except lzma.LZMAError as error:
         raise ModelError(f"not an xz file, or damaged: {error}") from None
     if not decoder.eof or decoder.unused_data:
-        raise ModelError("the xz file is truncated, has bytes after its end, or is larger than 2 GiB")
+        raise ModelError(
+            "the xz file is truncated, has bytes after its end, or is larger than 2 GiB"
+        )
     return raw

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as from_bytes
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from tersor.errors import ModelError, SpecError, UnknownNameError
+from tersor.models.compact import compact_tensors, expand_tensors, packed, unpacked
 from tersor.models.networks import digits_net, resnet18, torchvision_model, vgg16, vgg16_bn
 from tersor.registry import Registry, did_you_mean
 from tersor.userfile import is_user_file, load_function
@@ -87,11 +89,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise ModelError(f"no such weights file: {file}")
     try:
-        if file.suffix == ".safetensors":
+        if file.name.endswith(".safetensors.xz"):
+            found = expand_tensors(from_bytes(unpacked(file.read_bytes())))
+        elif file.suffix == ".safetensors":
             found: Any = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises AssertionError, KeyError, EOFError and more
+    except (
+        Exception
+    ) as error:  # a damaged pickle raises AssertionError, KeyError, EOFError and more
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{file} cannot be read as weights: {reason}; expected safetensors, or a .pt file that holds "
@@ -148,30 +154,64 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str], *, half: bool 
     With `half`, floating tensors are stored in float16. A first linear layer whose columns are equal in groups
     of 49 (see `read_weights`) is stored summed.
     """
+    tensors = _summed(module) if half else dict(module.state_dict())
+    stored = {k: (_halved(k, v) if half else v).detach().cpu().clone() for k, v in tensors.items()}
+    return _write_bytes(path, to_bytes({k: v.contiguous() for k, v in stored.items()}))
+
+
+def save_compact(
+    module: nn.Module, path: str | os.PathLike[str], *, error: float, linear_error: float
+) -> int:
+    """Write the smallest form of float weights (see `models.compact`), FILE.safetensors.xz; returns its bytes.
+
+    `error` and `linear_error` are the relative squared errors of the one rounding of convolutions and of
+    linear layers, for instance 0.001. Vectors are stored in half precision. The file is read back exactly.
+    """
+    tensors = _summed(module)
+    errors = {
+        key: linear_error if value.ndim == 2 else error
+        for key, value in tensors.items()
+        if value.ndim >= 2
+    }
+    vectors = {k: v if k in errors else _halved(k, v) for k, v in tensors.items()}
+    return _write_bytes(path, packed(compact_tensors(vectors, errors)))
+
+
+def _summed(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with linear weights that are equal in groups of 49 columns stored as their sum."""
     tensors = {}
     for key, value in module.state_dict().items():
         stored, name = value.detach().cpu().contiguous(), key
-        if half and stored.ndim == 2 and stored.shape[1] % 49 == 0:
+        if stored.ndim == 2 and stored.shape[1] % 49 == 0:
             copies = stored.view(stored.shape[0], -1, 49)
             if torch.equal(copies, copies[:, :, :1].expand_as(copies)):
                 stored, name = copies[:, :, 0] * 49, f"{key}.sum49"
-        if half and stored.is_floating_point():
-            exact, stored = stored, stored.half()
-            if torch.isfinite(exact).all() and not torch.isfinite(stored).all():
-                raise ModelError(f"{key} holds values beyond half precision (65504); save it in full")
-        tensors[name] = stored.clone()
+        tensors[name] = stored
+    return tensors
+
+
+def _halved(key: str, value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    stored = value.half()
+    if torch.isfinite(value).all() and not torch.isfinite(stored).all():
+        raise ModelError(f"{key} holds values beyond half precision (65504); save it in full")
+    return stored
+
+
+def _write_bytes(path: str | os.PathLike[str], data: bytes) -> int:
     target = pathlib.Path(path)
     temporary = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, temporary)
+            temporary.write_bytes(data)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ModelError(f"{target} cannot be written: {error}") from None
-    return target.stat().st_size
+    return len(data)
 
 
 def example_input(input_shape: tuple[int, int, int], batch: int = 2) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -64,7 +66,7 @@ class DigitsNet(nn.Module):
         super().__init__()
         widths = (1, 32, 64, 64)
         layers: list[nn.Module] = []
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in itertools.pairwise(widths):
             layers += [
                 nn.Conv2d(narrow, wide, 3, padding=1, bias=False),
                 nn.BatchNorm2d(wide),

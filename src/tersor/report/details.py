@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tersor.errors import RunError
 from tersor.report.document import Column, Section, Table
-from tersor.report.measurements import Form, Measurements, Network, Row, form_order
+from tersor.report.measurements import Form, Measurements, Network, form_order
 from tersor.report.words import (
     MISSING,
     NONE,
@@ -32,7 +31,7 @@ def coverage_sections(found: Measurements) -> list[Section]:
     )
     rows, layers = [], []
     for number, ((network, form), row) in enumerate(order):
-        listed = _layers(row)
+        listed = list(row.get("layers") or ())
         done = [layer for layer in listed if layer.get("action") != "keep"]
         rows.append(
             (
@@ -195,13 +194,6 @@ def _timing_list(found: Measurements) -> Table:
     return Table("timings", "Every time", columns, tuple(rows), folded=True)
 
 
-def _layers(row: Row) -> list[Mapping[str, Any]]:
-    layers = row.get("layers") or []
-    if not isinstance(layers, (list, tuple)) or not all(isinstance(x, Mapping) for x in layers):
-        raise RunError(f"a coverage row's layers must be a list of objects, got {layers!r:.200}")
-    return list(layers)
-
-
 def _kept(layers: Sequence[Mapping[str, Any]]) -> str:
     """The layers left alone, gathered by reason."""
     reasons: dict[str, list[str]] = {}
@@ -259,7 +251,7 @@ def _recipe(recipe: Any) -> str:
     if not isinstance(recipe, Mapping):
         return NONE if recipe is None else str(recipe)
     parts = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)}"
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
         for key, value in recipe.items()
         if key not in ("kind", "epochs", "seed")
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,19 @@ from tersor.report.words import MISSING, clean
 # colour.
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), "-", "-")
+MEASURED: dict[str, Any] = {
+    "linewidth": 1.9,
+    "markersize": 6,
+    "markeredgecolor": GROUND,
+    "markeredgewidth": 0.8,
+}
+REFERENCE: dict[str, Any] = {
+    "color": QUIET,
+    "linestyle": (0, (4, 3)),
+    "linewidth": 1.2,
+    "marker": "x",
+    "markersize": 5,
+}
 DIAMOND: dict[str, Any] = {
     "marker": "D",
     "markersize": 5.5,
@@ -72,7 +86,9 @@ def _settings() -> Iterator[None]:
     """matplotlib's own defaults under ours: a user's matplotlibrc must not change a report."""
     import matplotlib
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The text stays text: what matplotlib's own font lacks is drawn in the reader's.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
@@ -102,44 +118,24 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
     for line in plot.lines:
         xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
         if line.reference:
-            axes.plot(
-                xs,
-                ys,
-                color=QUIET,
-                linestyle=(0, (4, 3)),
-                linewidth=1.2,
-                marker="x",
-                markersize=5,
-                label=_label(line.label),
-                zorder=2,
-            )
+            axes.plot(xs, ys, label=_label(line.label), zorder=2, **REFERENCE)
             continue
         color = SERIES[drawn % len(SERIES)]
-        axes.plot(
-            xs,
-            ys,
-            color=color,
-            linestyle=DASHES[drawn % len(DASHES)],
-            linewidth=1.9,
-            marker=MARKERS[drawn % len(MARKERS)],
-            markersize=6,
-            markeredgecolor=GROUND,
-            markeredgewidth=0.8,
-            label=_label(line.label),
-            zorder=4,
-        )
+        marker, dash = MARKERS[drawn % len(MARKERS)], DASHES[drawn % len(DASHES)]
+        style = {"color": color, "marker": marker, "linestyle": dash, **MEASURED}
+        axes.plot(xs, ys, label=_label(line.label), zorder=4, **style)
         for (x, _), ends in zip(line.points, line.spans, strict=True):
             if ends:
                 axes.plot([x, x], ends, color=color, linewidth=1.1, zorder=3)
         drawn += 1
-    axes.set_xlabel(plot.x_label)
-    axes.set_ylabel(plot.y_label)
     low, high = plot.limits
     axes.set_ylim(low, high + 0.02 * (high - low))
     axes.set_yticks(
         [low + i * (high - low) / 5 for i in range(6)] if low == 0 else _whole(low, high)
     )
     axes.set_xticks(sorted({x for line in plot.lines for x, _ in line.points}))
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
     axes.grid(axis="y")
     axes.tick_params(length=3, width=0.7)
     axes.figure.legend(

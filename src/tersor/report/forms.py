@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from tersor.report.document import Bars, Column, Plot, Section, Table
-from tersor.report.measurements import Form, Measurements, Network, Time
+from tersor.report.measurements import Accuracy, Form, Measurements, Network, Time
 from tersor.report.reference import QUANTIZED, STUDY, Quantized
 from tersor.report.words import (
     MISSING,
@@ -57,9 +57,25 @@ def shown_forms(found: Measurements, network: Network) -> list[Form]:
 
 
 def _forms_table(found: Measurements, network: Network, forms: list[Form], index: int) -> Table:
-    batches, study = found.batches(network), QUANTIZED.get(network.family, {})
-    sizes = [found.size_bytes(network, form) for form in forms]
-    in_mib = max((s for s in sizes if s is not None), default=0) >= 2**20
+    in_mib = _in_mib(found, network, forms)
+    rows = tuple(_forms_row(found, network, form, in_mib) for form in forms)
+    prefix = "Table 4.2 · " if network.family else ""
+    return Table(
+        f"forms-table-{index}",
+        f"{prefix}{network_title(network)}: size, accuracy and CPU time",
+        _forms_columns(found, network, in_mib),
+        rows,
+        (_forms_note(found, network, forms),),
+    )
+
+
+def _in_mib(found: Measurements, network: Network, forms: list[Form]) -> bool:
+    """Whether sizes read better in MiB than in bytes."""
+    sizes = (found.size_bytes(network, form) for form in forms)
+    return max((size for size in sizes if size is not None), default=0) >= 2**20
+
+
+def _forms_columns(found: Measurements, network: Network, in_mib: bool) -> tuple[Column, ...]:
     columns = [
         Column("form", right=False),
         Column("engine", right=False),
@@ -68,41 +84,33 @@ def _forms_table(found: Measurements, network: Network, forms: list[Form], index
         Column("%", "accuracy"),
         Column("difference, pt", "accuracy"),
     ]
-    for batch in batches:
-        columns += [
-            Column("median ms", f"CPU time, batch {batch}"),
-            Column("% of eager", f"CPU time, batch {batch}"),
-        ]
-    if study:
-        columns += [Column("MiB", STUDY), Column("accuracy %", STUDY), Column("CPU time %", STUDY)]
+    for batch in found.batches(network):
+        group = f"CPU time, batch {batch}"
+        columns += [Column("median ms", group), Column("% of eager", group)]
+    if network.family:
+        columns += [Column(head, STUDY) for head in ("MiB", "accuracy %", "CPU time %")]
+    return tuple(columns)
+
+
+def _forms_row(found: Measurements, network: Network, form: Form, in_mib: bool) -> tuple[str, ...]:
     baseline = found.best_known(network, variant="float")
     base = found.size_bytes(network, baseline[0]) if baseline else None
-    rows = []
-    for form, size_bytes in zip(forms, sizes, strict=True):
-        score = found.score(network, form)
-        is_baseline = form.variant == "float" and baseline is not None and form == baseline[0]
-        cells = [
-            form_title(form, with_engine=False),
-            engine_title(form.engine) or NONE,
-            mib(size_bytes) if in_mib else count(size_bytes),
-            times(base / size_bytes) if base and size_bytes else MISSING,
-            percent(score.accuracy) if score else MISSING,
-            NONE if is_baseline and score and score.difference_pt is None else span(score),
-        ]
-        for batch in batches:
-            time = found.time(network, form, batch)
-            cells += [milliseconds(time.median_ms) if time else MISSING, _share(time)]
-        if study:
-            cells += _study_cells(network, form)
-        rows.append(tuple(cells))
-    prefix = "Table 4.2 · " if study else ""
-    return Table(
-        f"forms-table-{index}",
-        f"{prefix}{network_title(network)}: size, accuracy and CPU time",
-        tuple(columns),
-        tuple(rows),
-        (_forms_note(found, network, forms),),
-    )
+    size_bytes, score = found.size_bytes(network, form), found.score(network, form)
+    is_baseline = baseline is not None and form == baseline[0]
+    cells = [
+        form_title(form, with_engine=False),
+        engine_title(form.engine) or NONE,
+        mib(size_bytes) if in_mib else count(size_bytes),
+        times(base / size_bytes) if base and size_bytes else MISSING,
+        percent(score.accuracy) if score else MISSING,
+        NONE if is_baseline and score and score.difference_pt is None else span(score),
+    ]
+    for batch in found.batches(network):
+        time = found.time(network, form, batch)
+        cells += [milliseconds(time.median_ms) if time else MISSING, _share(time)]
+    if network.family:
+        cells += _study_cells(network, form)
+    return tuple(cells)
 
 
 def _share(time: Time | None) -> str:
@@ -137,81 +145,91 @@ def _forms_note(found: Measurements, network: Network, forms: list[Form]) -> str
 
 
 def _plots(found: Measurements, network: Network, forms: list[Form], index: int) -> list[Plot]:
-    labels = tuple(form_title(form) for form in forms)
-    study = [_study_reference(network, form) for form in forms]
-    title = network_title(network)
-    prefix = "Figure 4.3 · " if network.family else ""
-    sizes = [found.size_bytes(network, form) for form in forms]
-    unit = 2**20 if max((s for s in sizes if s is not None), default=0) >= 2**20 else 1
-    unit_title = "MiB" if unit > 1 else "bytes"
-    scores = [found.score(network, form) for form in forms]
-    plots = [
-        Plot(
-            f"size-{network.model}-{index}",
-            f"{prefix}{title}, file size",
-            f"Bytes of the file on disk, {unit_title}; less is better.",
-            f"file size, {unit_title}",
-            categories=labels,
-            bars=(
-                Bars(
-                    "measured",
-                    tuple(None if s is None else s / unit for s in sizes),
-                    tuple(mib(s) if unit > 1 else count(s) for s in sizes),
-                    tuple(None if r is None or unit == 1 else r.size_mib for r in study),
-                ),
-            ),
-        ),
-        Plot(
-            f"accuracy-{network.model}-{index}",
-            f"{prefix}{title}, accuracy",
-            "Top-1 accuracy on the test images; in brackets the difference from float32, in "
-            "points.",
-            "accuracy, %",
-            categories=labels,
-            bars=(
-                Bars(
-                    "measured",
-                    tuple(100 * s.accuracy if s else None for s in scores),
-                    tuple(
-                        MISSING
-                        if s is None
-                        else percent(s.accuracy)
-                        + (f"  ({signed(s.difference_pt)})" if s.difference_pt is not None else "")
-                        for s in scores
-                    ),
-                    tuple(None if r is None else 100 * r.accuracy for r in study),
-                ),
-            ),
-            limits=(0, 100),
-        ),
+    plots = (
+        _size_plot(found, network, forms, index),
+        _accuracy_plot(found, network, forms, index),
+        _time_plot(found, network, forms, index),
+    )
+    return [
+        plot
+        for plot in plots
+        if any(value is not None for series in plot.bars for value in series.values)
     ]
-    time = _time_plot(found, network, forms, index, labels)
-    return [*(p for p in plots if _measured(p)), *([time] if time else [])]
 
 
-def _time_plot(
-    found: Measurements, network: Network, forms: list[Form], index: int, labels: tuple[str, ...]
-) -> Plot | None:
+def _plot_title(network: Network, what: str) -> str:
+    return f"{'Figure 4.3 · ' if network.family else ''}{network_title(network)}, {what}"
+
+
+def _size_plot(found: Measurements, network: Network, forms: list[Form], index: int) -> Plot:
+    in_mib = _in_mib(found, network, forms)
+    sizes = [found.size_bytes(network, form) for form in forms]
+    study = [_study_reference(network, form) if in_mib else None for form in forms]
+    unit = "MiB" if in_mib else "bytes"
+    bars = Bars(
+        "measured",
+        tuple(None if s is None else s / 2**20 if in_mib else float(s) for s in sizes),
+        tuple(mib(s) if in_mib else count(s) for s in sizes),
+        tuple(None if r is None else r.size_mib for r in study),
+    )
+    return Plot(
+        f"size-{network.model}-{index}",
+        _plot_title(network, "file size"),
+        "Size of the file on disk; less is better.",
+        f"file size, {unit}",
+        categories=tuple(form_title(form) for form in forms),
+        bars=(bars,),
+    )
+
+
+def _accuracy_plot(found: Measurements, network: Network, forms: list[Form], index: int) -> Plot:
+    scores = [found.score(network, form) for form in forms]
+    study = [_study_reference(network, form) for form in forms]
+    bars = Bars(
+        "measured",
+        tuple(100 * s.accuracy if s else None for s in scores),
+        tuple(_accuracy_text(s) for s in scores),
+        tuple(None if r is None else 100 * r.accuracy for r in study),
+    )
+    return Plot(
+        f"accuracy-{network.model}-{index}",
+        _plot_title(network, "accuracy"),
+        "Top-1 accuracy on the test images; in brackets the difference from float32, in points.",
+        "accuracy, %",
+        categories=tuple(form_title(form) for form in forms),
+        bars=(bars,),
+        limits=(0, 100),
+    )
+
+
+def _accuracy_text(score: Accuracy | None) -> str:
+    if score is None:
+        return MISSING
+    difference = f" ({signed(score.difference_pt)})" if score.difference_pt is not None else ""
+    return percent(score.accuracy) + difference
+
+
+def _time_plot(found: Measurements, network: Network, forms: list[Form], index: int) -> Plot:
     bars = []
     for batch in found.batches(network):
         measured = [found.time(network, form, batch) for form in forms]
-        shares = tuple(100 * t.ratio if t and t.ratio is not None else None for t in measured)
-        texts = tuple(f"{_share(t)} %" if t and t.ratio is not None else MISSING for t in measured)
-        study = tuple(
-            None if (r := _study_reference(network, f)) is None else 100 * r.time_share
-            for f in forms
+        study = [_study_reference(network, form) for form in forms]
+        bars.append(
+            Bars(
+                f"batch {batch}",
+                tuple(100 * t.ratio if t and t.ratio is not None else None for t in measured),
+                tuple(f"{_share(t)} %" if t and t.ratio is not None else MISSING for t in measured),
+                tuple(None if r is None else 100 * r.time_share for r in study),
+            )
         )
-        bars.append(Bars(f"batch {batch}", shares, texts, study))
-    prefix = "Figure 4.3 · " if network.family else ""
-    plot = Plot(
+    return Plot(
         f"time-{network.model}-{index}",
-        f"{prefix}{network_title(network)}, CPU time",
+        _plot_title(network, "CPU time"),
         "Median CPU time of one batch as a share of PyTorch's eager float32; less is better.",
         "CPU time, % of eager float32",
-        categories=labels,
+        categories=tuple(form_title(form) for form in forms),
         bars=tuple(bars),
     )
-    return plot if bars and _measured(plot) else None
 
 
 def _study_reference(network: Network, form: Form) -> Quantized | None:
@@ -221,7 +239,3 @@ def _study_reference(network: Network, form: Form) -> Quantized | None:
     if known is None or form.sparsity or (form.variant == "float" and form.engine != "torch"):
         return None
     return known
-
-
-def _measured(plot: Plot) -> bool:
-    return any(value is not None for series in plot.bars for value in series.values)

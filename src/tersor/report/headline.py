@@ -109,7 +109,8 @@ def _speed(found: Measurements, network: Network, form: Form) -> tuple[int, floa
         time = found.time(network, form, batch)
         if time is None or not time.ratio:
             continue
-        text = f"takes {percent(time.ratio, 1)} % of the CPU time of PyTorch's eager float32 at batch {batch}"
+        text = f"takes {percent(time.ratio, 1)} % of the CPU time of PyTorch's eager float32"
+        text += f" at batch {batch}"
         same_engine = found.time(network, Form("float", form.engine), batch)
         if form.engine != "torch" and same_engine and same_engine.ratio:
             share = percent(same_engine.ratio, 1)
@@ -147,9 +148,7 @@ def _pruned_sentence(found: Measurements, network: Network, base: int | None) ->
             parts.append(f"{scope} {_cost(score)}{smaller}".strip())
     return (
         f"With {percent(highest, 0)} % of the weights pruned and the rest fine-tuned, accuracy "
-        f"changes "
-        + "; ".join(parts)
-        + "."
+        f"changes " + "; ".join(parts) + "."
     )
 
 

@@ -36,8 +36,7 @@ def document_markdown(document: Document, figures: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` so that Markdown shows it as it is: no tag, no link, no emphasis, no new table
-    cell."""
+    """`text` so that Markdown shows it as it is: no tag, no emphasis, no new table cell."""
     return SPECIAL.sub(r"\\\1", html.escape(clean(text), quote=False))
 
 

@@ -28,6 +28,7 @@ class Network:
     model: str
     data: str
     num_classes: int = 0
+    among_data: bool = False  # the rows hold other data sets too, so that titles must name this one
 
     @property
     def family(self) -> str:
@@ -86,12 +87,11 @@ class Measurements:
     coverage: Mapping[tuple[Network, Form], Row]
     training: Mapping[Network, Sequence[Row]]
     unknown_kinds: tuple[str, ...]
+    all_forms: Mapping[Network, Sequence[Form]]
 
     def forms(self, network: Network) -> list[Form]:
         """Every form of `network` with an accuracy or a time, float first."""
-        found = {f for n, f in self.accuracy if n == network}
-        found |= {f for n, f, _, _ in self.timing if n == network}
-        return sorted(found, key=form_order)
+        return list(self.all_forms.get(network, ()))
 
     def batches(self, network: Network) -> list[int]:
         """Batch sizes timed for `network`, ascending."""
@@ -172,56 +172,78 @@ def read(rows: Iterable[Row]) -> Measurements:
     """Sort rows into measurements. Raises RunError for no rows, and for one that cannot be what it
     says."""
     rows = tuple(rows)
-    networks: dict[Network, None] = {}
-    accuracy: dict[tuple[Network, Form], dict[Any, Row]] = {}
-    timing: dict[tuple[Network, Form, int, int], Row] = {}
-    coverage: dict[tuple[Network, Form], Row] = {}
-    training: dict[Network, dict[Any, Row]] = {}
-    unknown: dict[str, None] = {}
+    sorted_rows = _Sorted(among_data=len({_data(row) for row in rows} - {""}) > 1)
     for number, row in enumerate(rows, 1):
         kind = row.get("kind") if isinstance(row, Mapping) else None
         if not isinstance(kind, str):
             raise RunError(
                 f"row {number} has no kind; expected one of {', '.join(KINDS)}: {row!r:.200}"
             )
-        if kind not in KINDS:
-            unknown[kind] = None
-            continue
-        if kind == "run":
-            continue
         try:
-            network, form = _network(row), _form(row)
-            networks[network] = None
-            if kind == "accuracy":
-                check_accuracy(row)
-                accuracy.setdefault((network, form), {})[row.get("seed")] = row
-            elif kind == "timing":
-                timing[network, form, _count(row, "batch"), _count(row, "threads")] = row
-                for key in ("median_ms", "p05_ms", "p95_ms", "ratio", "repeats"):
-                    _number(row, key)
-            elif kind == "coverage":
-                coverage[network, form] = row
-            else:
-                training.setdefault(network, {})[row.get("variant"), row.get("seed"), form] = row
+            sorted_rows.add(kind, row)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise RunError(
                 f"row {number} ({kind}) cannot be read: {error}; "
                 "remove that line of rows.jsonl, or measure it again"
             ) from None
-    if not networks:
+    if not sorted_rows.networks:
         raise RunError(
             "no measurements to report: rows.jsonl holds no row of accuracy, timing, coverage or "
             "training; run tersor demo or tersor study first"
         )
     return Measurements(
         rows,
-        tuple(networks),
-        {key: tuple(by_seed.values()) for key, by_seed in accuracy.items()},
-        timing,
-        coverage,
-        {key: tuple(found.values()) for key, found in training.items()},
-        tuple(unknown),
+        tuple(sorted_rows.networks),
+        {key: tuple(by_seed.values()) for key, by_seed in sorted_rows.accuracy.items()},
+        sorted_rows.timing,
+        sorted_rows.coverage,
+        {key: tuple(found.values()) for key, found in sorted_rows.training.items()},
+        tuple(sorted_rows.unknown),
+        {network: sorted_rows.forms(network) for network in sorted_rows.networks},
     )
+
+
+@dc.dataclass
+class _Sorted:
+    """Rows on their way into Measurements; dicts keep the order and let a later row replace one."""
+
+    among_data: bool
+    networks: dict[Network, None] = dc.field(default_factory=dict)
+    accuracy: dict[tuple[Network, Form], dict[Any, Row]] = dc.field(default_factory=dict)
+    timing: dict[tuple[Network, Form, int, int], Row] = dc.field(default_factory=dict)
+    coverage: dict[tuple[Network, Form], Row] = dc.field(default_factory=dict)
+    training: dict[Network, dict[Any, Row]] = dc.field(default_factory=dict)
+    unknown: dict[str, None] = dc.field(default_factory=dict)
+
+    def add(self, kind: str, row: Row) -> None:
+        """Check one row and put it where it belongs."""
+        if kind not in KINDS:
+            self.unknown[kind] = None
+        if kind not in KINDS or kind == "run":
+            return
+        network, form = _network(row, self.among_data), _form(row)
+        self.networks[network] = None
+        if kind == "accuracy":
+            check_accuracy(row)
+            self.accuracy.setdefault((network, form), {})[row.get("seed")] = row
+        elif kind == "timing":
+            for key in ("median_ms", "p05_ms", "p95_ms", "ratio", "repeats"):
+                _number(row, key)
+            self.timing[network, form, _count(row, "batch"), _count(row, "threads")] = row
+        elif kind == "coverage":
+            _check_coverage(row)
+            self.coverage[network, form] = row
+        else:
+            for key in ("seconds", "images_per_s"):
+                _number(row, key)
+            by_form = self.training.setdefault(network, {})
+            by_form[row.get("variant"), row.get("seed"), form] = row
+
+    def forms(self, network: Network) -> list[Form]:
+        """Every form of `network` with an accuracy or a time, in the order of tables."""
+        found = {f for n, f in self.accuracy if n == network}
+        found |= {f for n, f, _, _ in self.timing if n == network}
+        return sorted(found, key=form_order)
 
 
 def form_order(form: Form) -> tuple[Any, ...]:
@@ -273,11 +295,24 @@ def check_accuracy(row: Row) -> None:
                 raise ValueError(f"interval.{key} is missing")
 
 
-def _network(row: Row) -> Network:
+def _check_coverage(row: Row) -> None:
+    layers = row.get("layers") or ()
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(x, Mapping) for x in layers):
+        raise ValueError(f"layers must be a list of objects, got {layers!r:.100}")
+    for part in (row, *layers):
+        for key in ("macs_share", "bytes_share", "sparsity"):
+            _number(part, key)
+
+
+def _data(row: Row) -> str:
+    return str(row.get("data") or "") if isinstance(row, Mapping) else ""
+
+
+def _network(row: Row, among_data: bool) -> Network:
     model = row.get("model")
     if not isinstance(model, str) or not model:
         raise ValueError(f"model must be a name, got {model!r}")
-    return Network(model, str(row.get("data") or ""), int(_number(row, "num_classes") or 0))
+    return Network(model, _data(row), int(_number(row, "num_classes") or 0), among_data)
 
 
 def _form(row: Row) -> Form:

@@ -1,4 +1,5 @@
-"""The report as one HTML file: no script, no request, light and dark, any width, by keyboard alone."""
+"""The report as one HTML file: no script, no request, light and dark, any width, by keyboard
+alone."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from tersor.report.style import STYLE
 from tersor.report.svg import inline
 from tersor.report.words import MISSING, NONE, clean
 
-# Nothing may be fetched or run, whatever a row says: the page is also safe should escaping ever fail.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+# Nothing may be fetched or run, whatever a row says: the page is also safe should escaping ever
+# fail.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 UNIT = re.compile(
     r" (?=%)|(?<=\d) (?=(?:MiB|ms|pt|bytes|points|times)\b)|(?<=n) (?==)|(?<==) (?=\d)"
 )
@@ -104,7 +106,8 @@ def _section(section: Section, drawn: Mapping[str, str]) -> str:
 
 def _figure(plot: Plot, svg: str) -> str:
     return (
-        f"<figure>{inline(svg)}<figcaption><b>{_text(plot.title)}</b> {_text(plot.caption)}</figcaption>"
+        f"<figure>{inline(svg)}<figcaption><b>{_text(plot.title)}</b> "
+        f"{_text(plot.caption)}</figcaption>"
         "</figure>"
     )
 
@@ -116,7 +119,8 @@ def _table(table: Table) -> str:
     region = (
         f'<div class="scroll" role="region" aria-labelledby="{key}" tabindex="0">\n<table>\n'
         f'<caption id="{key}"><span>{_text(table.caption)}</span></caption>\n'
-        f"<thead>\n{_head(table.columns)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>{notes}"
+        f"<thead>\n{_head(table.columns)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
+        f"{notes}"
     )
     if not table.folded:
         return region
@@ -137,9 +141,8 @@ def _head(columns: tuple[Column, ...]) -> str:
         else:
             while end < len(columns) and columns[end].group == column.group:
                 end += 1
-            upper.append(
-                f'<th scope="colgroup" colspan="{end - start}" class="group">{_text(column.group)}</th>'
-            )
+            spread = f'scope="colgroup" colspan="{end - start}" class="group"'
+            upper.append(f"<th {spread}>{_text(column.group)}</th>")
             lower += [_heading(c, first=place == 0) for place, c in enumerate(columns[start:end])]
         start = end
     return f"<tr>{''.join(upper)}</tr>\n<tr>{''.join(lower)}</tr>"

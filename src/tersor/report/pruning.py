@@ -20,12 +20,8 @@ from tersor.report.words import (
     span,
     times,
 )
+from tersor.report.words import RECOVERIES as RECOVERY_TITLES
 
-COLUMN_TITLES = {
-    "none": "one-shot",
-    "bn": "one-shot + batch-norm re-estimation",
-    "finetune": "fine-tuned",
-}
 LOSS_LIMITS = (-3.0, 1.0)
 
 
@@ -45,7 +41,8 @@ def pruning_sections(found: Measurements) -> list[Section]:
             Section(
                 f"pruning-{index}",
                 f"Pruning {network_title(network)}",
-                "Unstructured pruning by L1 norm, over all convolutional and linear layers. Sparsity is the "
+                "Unstructured pruning by L1 norm, over all convolutional and linear layers. "
+                "Sparsity is the "
                 "share of weights removed.",
                 tuple(tables),
                 tuple(plots),
@@ -92,7 +89,7 @@ def _accuracy_table(found: Measurements, network: Network, scope: str, index: in
     study = PRUNED.get(network.family, {})
     columns = [Column("sparsity %", right=False)]
     for recovery in recoveries:
-        group = COLUMN_TITLES.get(recovery, recovery)
+        group = RECOVERY_TITLES.get(recovery, recovery)
         columns += [Column("accuracy %", group), Column("difference, pt", group)]
     if study:
         columns.append(Column("one-shot, accuracy %", STUDY))
@@ -134,7 +131,8 @@ def _interval_note(found: Measurements, network: Network) -> str:
     note += f"; {samples} test images." if samples else "."
     seeds = max((s.num_seeds for s in scores), default=1)
     if seeds > 1:
-        note += f" Forms with several seeds (up to {seeds}): means, and the widest span of their intervals."
+        note += f" Forms with several seeds (up to {seeds}): means, and the widest span of"
+        note += " their intervals."
     return note
 
 
@@ -142,7 +140,7 @@ def _size_table(found: Measurements, network: Network, scopes: list[str], index:
     recoveries = _recoveries(found, network)
     columns = [Column("sparsity %", right=False)]
     for scope in scopes:
-        columns += [Column(COLUMN_TITLES.get(r, r), f"{scope}, MiB") for r in recoveries]
+        columns += [Column(RECOVERY_TITLES.get(r, r), f"{scope}, MiB") for r in recoveries]
         columns.append(Column("times smaller", f"{scope}, MiB"))
     baseline = found.best_known(network, variant="float")
     base = found.size_bytes(network, baseline[0]) if baseline else None
@@ -162,7 +160,8 @@ def _size_table(found: Measurements, network: Network, scopes: list[str], index:
         tuple(columns),
         tuple(rows),
         (
-            f"Bytes of the real file on disk in MiB (2^20 bytes); the float32 file has {mib(base)} MiB. "
+            f"Bytes of the real file on disk in MiB (2^20 bytes); the float32 file has "
+            f"{mib(base)} MiB. "
             "“Times smaller” compares with that file, for the last measured column of the scope.",
         ),
     )
@@ -187,7 +186,7 @@ def _plot(found: Measurements, network: Network, scope: str, index: int) -> Plot
                 ends = (100 * base + score.low_pt, 100 * base + score.high_pt)
             spans.append(ends)
         if any(x > 0 and math.isfinite(y) for x, y in points):
-            label = COLUMN_TITLES.get(recovery, recovery)
+            label = RECOVERY_TITLES.get(recovery, recovery)
             lines.append(Line(label, tuple(points), tuple(spans)))
     study = PRUNED.get(network.family)
     if study:
@@ -208,7 +207,8 @@ def _plot(found: Measurements, network: Network, scope: str, index: int) -> Plot
 
 
 def _loss_plot(found: Measurements, network: Network, scope: str, index: int) -> Plot | None:
-    """The same near the float network's accuracy, where the lines of an overview cover each other."""
+    """The same near the float network's accuracy, where the lines of an overview cover each
+    other."""
     low, high = LOSS_LIMITS
     lines = []
     for recovery in _recoveries(found, network):
@@ -224,13 +224,14 @@ def _loss_plot(found: Measurements, network: Network, scope: str, index: int) ->
             low_pt, high_pt = score.low_pt, score.high_pt
             spans.append(None if low_pt is None or high_pt is None else (low_pt, high_pt))
         if any(math.isfinite(y) for _, y in points[1:]):
-            lines.append(Line(COLUMN_TITLES.get(recovery, recovery), tuple(points), tuple(spans)))
+            lines.append(Line(RECOVERY_TITLES.get(recovery, recovery), tuple(points), tuple(spans)))
     if not any(low <= y <= high for line in lines for _, y in line.points[1:]):
         return None
     return Plot(
         f"pruning-{network.model}-{scope or 'all'}-loss-{index}",
         f"Figure 4.1, enlarged · {network_title(network)}, {_scope_words(scope)}",
-        f"Difference from float32 in points, between {signed(low, 0)} and {signed(high, 0)}; upright lines "
+        f"Difference from float32 in points, between {signed(low, 0)} and {signed(high, 0)}; "
+        f"upright lines "
         "are paired intervals. What loses more leaves the picture below.",
         "weights removed, %",
         "difference, pt",

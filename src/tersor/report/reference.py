@@ -1,7 +1,8 @@
 """The figures of the study that this project grew out of, and the bars it set itself against them.
 
-The study pruned and quantized torchvision's VGG-16 (1000-way head) and a ResNet-18 on the original CIFAR-10,
-with weights of its own. Its figures are printed as a reference and never enter a comparison.
+The study pruned and quantized torchvision's VGG-16 (1000-way head) and a ResNet-18 on the original
+CIFAR-10, with weights of its own. Its figures are printed as a reference and never enter a
+comparison.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ PRUNED = {
 
 @dc.dataclass(frozen=True)
 class Quantized:
-    """One column of Table 4.2: file size, accuracy (0 to 1), CPU time as a share of the float model's."""
+    """One column of Table 4.2: file size, accuracy (0 to 1), CPU time as a share of the float
+    model's."""
 
     size_mib: float
     accuracy: float

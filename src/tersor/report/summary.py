@@ -1,4 +1,5 @@
-"""The one table of a run: every form in a line, as values for a program and as cells for a person."""
+"""The one table of a run: every form in a line, as values for a program and as cells for a
+person."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from tersor.report.measurements import Form, Measurements, Network, read
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One dict per network and form, float first, for the closing table of a run and for --json.
 
-    Keys: data, model, variant, engine, scope, sparsity, recovery, accuracy (0 to 1 or None), num_samples,
-    interval ({difference_pt, low_pt, high_pt, level} or None), size_bytes, compression_ratio (of the float
-    file's bytes to these), timings: [{batch, threads, median_ms, p05_ms, p95_ms, repeats, ratio}].
-    None means not measured. Raises RunError for rows that cannot be read.
+    Keys: data, model, variant, engine, scope, sparsity, recovery, accuracy (0 to 1 or None),
+    num_samples, interval ({difference_pt, low_pt, high_pt, level} or None), size_bytes,
+    compression_ratio (of the float file's bytes to these), timings: [{batch, threads, median_ms,
+    p05_ms, p95_ms, repeats, ratio}]. None means not measured. Raises RunError for rows that cannot
+    be read.
     """
     found = read(rows)
     return [line for network in found.networks for line in _lines(found, network)]

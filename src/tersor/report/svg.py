@@ -7,9 +7,11 @@ import re
 
 from tersor.report.words import clean
 
-# Colours that matplotlib is given as stand-ins. On the page they are variables, so that both themes are legible.
+# Colours that matplotlib is given as stand-ins. On the page they are variables, so that both
+# themes are legible.
 INK, QUIET, RULE, GROUND = "#111213", "#616263", "#d1d2d3", "#fdfefc"
-# Okabe and Ito 2008, the colours most people tell apart: blue, vermilion, green, purple, orange, sky.
+# Okabe and Ito 2008, the colours most people tell apart: blue, vermilion, green, purple, orange,
+# sky.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a8527f", "#b97f00", "#3a8fc4")
 DARK_SERIES = ("#5cb3ea", "#ff8a4c", "#2fc99b", "#e69cc3", "#f0b840", "#9ad0f5")
 
@@ -45,9 +47,11 @@ STANDALONE = (
 
 
 def finished(svg: str, key: str, title: str, description: str) -> str:
-    """One SVG document with title and description, currentColor for its ink, and ids that begin with `key`."""
+    """One SVG document with title and description, currentColor for its ink, and ids that begin
+    with `key`."""
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    # matplotlib's rule for all elements would reach the whole page; the root's attributes are inherited.
+    # matplotlib's rule for all elements would reach the whole page; the root's attributes are
+    # inherited.
     svg = re.sub(r"<style type=.*?</style>\s*", "", svg, flags=re.DOTALL)
     svg = svg[svg.index("<svg") :]
     # Inside tags only: a label may say what it likes.

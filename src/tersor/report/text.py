@@ -53,7 +53,8 @@ def table_text(table: Table) -> str:
 
 
 def _groups(columns: tuple[Column, ...], widths: list[int]) -> list[str]:
-    """The line of shared headings, where a table has any; widens the last column of a narrow group."""
+    """The line of shared headings, where a table has any; widens the last column of a narrow
+    group."""
     if not any(column.group for column in columns):
         return []
     pieces, start = [], 0

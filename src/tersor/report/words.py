@@ -26,7 +26,8 @@ SCOPE_DETAILS = {"layer": "the same share of every layer", "global": "all layers
 
 
 def clean(text: object) -> str:
-    """`text` in one line without control or direction characters, which could forge a terminal's output."""
+    """`text` in one line without control or direction characters, which could forge a terminal's
+    output."""
     return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
 
 
@@ -87,14 +88,14 @@ def count(number: int | None, noun: str = "") -> str:
     return f"{number:,}" + (f" {noun}{'' if number == 1 else 's'}" if noun else "")
 
 
-def network_title(network: Network, *, with_data: bool = False) -> str:
+def network_title(network: Network) -> str:
     """ "VGG-16 (vgg16_bn)" for the study's networks, the model's own name for others."""
     known = TITLES.get(network.family)
     name = clean(network.model)
     title = name if known is None else known if name == network.family else f"{known} ({name})"
     if network.num_classes:
         title += f", {network.num_classes:,} classes"
-    return f"{title} on {clean(network.data)}" if with_data else title
+    return f"{title} on {clean(network.data)}" if network.among_data else title
 
 
 def form_title(form: Form, *, with_engine: bool = True) -> str:

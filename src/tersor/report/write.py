@@ -14,11 +14,12 @@ from tersor.report.text import document_text
 
 
 def write_report(rows: list[dict[str, Any]], out: Path) -> Path:
-    """Write tables.txt, tables.md, figures/*.svg and report.html into `out`; return the path of report.html.
+    """Write tables.txt, tables.md, figures/*.svg and report.html into `out`; return the path of
+    report.html.
 
-    The folder is made where it is missing; files of an earlier report are replaced. Raises RunError for rows
-    that cannot be read or a folder that cannot be written, MissingExtraError without matplotlib; either way
-    no file is left half-written.
+    The folder is made where it is missing; files of an earlier report are replaced. Raises
+    RunError for rows that cannot be read or a folder that cannot be written, MissingExtraError
+    without matplotlib; either way no file is left half-written.
     """
     document = compose(rows)
     drawn = {file_name(plot): draw(plot) for section in document.sections for plot in section.plots}

@@ -137,7 +137,9 @@ def measure_float(lab: Lab, model: str, module: nn.Module) -> Score:
     return score
 
 
-def accuracy_row(variant: str, score: Score, original: Score | None, size_bytes: int | None) -> dict[str, Any]:
+def accuracy_row(
+    variant: str, score: Score, original: Score | None, size_bytes: int | None
+) -> dict[str, Any]:
     """The part of an accuracy row that every variant has; the caller adds or replaces what is special."""
     interval = None if original is None else paired_interval(score, original).to_dict()
     return {
@@ -229,7 +231,13 @@ def measure_pruned(
     lab: Lab, model: str, module: nn.Module, scope: str, sparsity: float, original: Score
 ) -> None:
     """One sparsity in its three states: one-shot, re-estimated, fine-tuned."""
-    key = {"kind": "accuracy", "model": model, "variant": "pruned", "scope": scope, "sparsity": sparsity}
+    key = {
+        "kind": "accuracy",
+        "model": model,
+        "variant": "pruned",
+        "scope": scope,
+        "sparsity": sparsity,
+    }
     todo = {r for r in ("none", "bn", "finetune") if lab.missing(**key, recovery=r)}
     if not todo:
         return
@@ -289,7 +297,7 @@ def _pruned_row(
         session = open_session(graph, threads=lab.settings.threads)
     row = accuracy_row("pruned", judge(lab, label, session), original, size)
     if fast:
-        row |= {"engine": "torch", "precision": "bf16"}
+        row |= {"engine": session.engine, "precision": "bf16"}
     return row
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 
 from tersor.data.arrays import Splits
 from tersor.errors import RunError, UnknownNameError
@@ -48,30 +47,44 @@ def run_study(
         (out / "models").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"output directory {out} cannot be made: {error}") from None
-    shown = watch or (lambda text, share: None)
+    position = _Position(len(settings.models) * _num_steps(settings), watch)
     with Journal(out / "rows.jsonl") as journal:
-        lab = Lab(settings, splits, out, journal, weights, shown)
+        lab = Lab(settings, splits, out, journal, weights, position.show)
         same_settings(lab)
         for model in settings.models:
-            _run_model(lab, model)
+            _run_model(lab, model, position)
         return write_report(journal.rows(), out)
 
 
-def _run_model(lab: Lab, model: str) -> None:
+class _Position:
+    """Which of how many measurements is under way; shown before what it says of itself."""
+
+    def __init__(self, total: int, watch: Watch | None) -> None:
+        self.total, self.watch, self.done = total, watch, 0
+
+    def show(self, text: str, share: float) -> None:
+        """Pass `text` on with the position before it."""
+        if self.watch is not None:
+            self.watch(f"[{min(self.done + 1, self.total)}/{self.total}] {text}", share)
+
+
+def _num_steps(settings: StudySettings) -> int:
+    sweep = len(settings.scopes) * len(settings.sparsities)
+    return 1 + len(settings.modes) + len(settings.batches) + sweep
+
+
+def _run_model(lab: Lab, model: str, position: _Position) -> None:
     """All measurements of one network; what is done already costs nothing."""
     module = float_module(lab, model)
     original = measure_float(lab, model, module)
-    steps: list[Callable[[], None]] = []
+    position.done += 1
     for mode in lab.settings.modes:
-        steps.append(lambda mode=mode: measure_quantized(lab, model, module, mode, original))  # type: ignore[misc]
+        measure_quantized(lab, model, module, mode, original)
+        position.done += 1
     for batch in lab.settings.batches:
-        steps.append(lambda batch=batch: measure_timing(lab, model, module, batch))  # type: ignore[misc]
+        measure_timing(lab, model, module, batch)
+        position.done += 1
     for scope in lab.settings.scopes:
         for sparsity in lab.settings.sparsities:
-            steps.append(
-                lambda scope=scope, sparsity=sparsity: measure_pruned(  # type: ignore[misc]
-                    lab, model, module, scope, sparsity, original
-                )
-            )
-    for step in steps:
-        step()
+            measure_pruned(lab, model, module, scope, sparsity, original)
+            position.done += 1

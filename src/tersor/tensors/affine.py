@@ -1,8 +1,9 @@
-"""Affine codes of 8 bits: x = scale * (q - zero_point), scale > 0, zero_point an integer inside the range.
+"""Affine codes of 8 bits: x = scale * (q - zero_point), scale > 0, zero_point an integer inside the
+range.
 
-The formula is pinned, because a file, a simulation and an engine must agree bit for bit:
-q = clamp(rint(x / scale) + zero_point), with the division in float32 and halves rounded to even, which is
-ONNX's QuantizeLinear.
+The formula is pinned, because a file, a simulation and an engine must agree bit for bit: q =
+clamp(rint(x / scale) + zero_point), with the division in float32 and halves rounded to even, which
+is ONNX's QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 def choose_affine(low: float, high: float) -> tuple[np.float32, np.uint8]:
     """Scale and zero point of uint8 codes (0 to 255) that cover `low` to `high`, both finite.
 
-    The range is widened to hold zero, which maps to a code exactly: padding and ReLU stay exact. A range
-    that is only zero gets scale 1. Raises ModelError for a range that is not finite or is upside down.
+    The range is widened to hold zero, which maps to a code exactly: padding and ReLU stay exact. A
+    range that is only zero gets scale 1. Raises ModelError for a range that is not finite or is
+    upside down.
     """
     if not (np.isfinite(low) and np.isfinite(high) and low <= high):
         raise ModelError(
@@ -42,8 +44,8 @@ def choose_affine(low: float, high: float) -> tuple[np.float32, np.uint8]:
 def choose_symmetric(weight: Array, axis: int | None = None) -> FloatArray:
     """Scales of int8 codes -127 to 127 with zero point 0 by the largest magnitude of `weight`.
 
-    Shape () where `axis` is None, else (weight.shape[axis],): one scale for every slice along the axis
-    kept. A slice of zeros gets scale 1. Raises ModelError for NaN or infinity.
+    Shape () where `axis` is None, else (weight.shape[axis],): one scale for every slice along the
+    axis kept. A slice of zeros gets scale 1. Raises ModelError for NaN or infinity.
     """
     others = (
         None if axis is None else tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
@@ -63,11 +65,12 @@ def quantize(
     dtype: npt.DTypeLike = np.int8,
     axis: int | None = None,
 ) -> Array:
-    """Codes of `values` (any shape, float32) by the pinned formula; same shape, `dtype` int8, uint8 or int32.
+    """Codes of `values` (any shape, float32) by the pinned formula; same shape, `dtype` int8, uint8
+    or int32.
 
-    int8 is narrow, -127 to 127, so that a weight and its negative have codes of equal size. `scale` and
-    `zero_point` are () or, with `axis`, (values.shape[axis],). Infinities take the outermost codes; NaN has
-    no code and raises ModelError.
+    int8 is narrow, -127 to 127, so that a weight and its negative have codes of equal size. `scale`
+    and `zero_point` are () or, with `axis`, (values.shape[axis],). Infinities take the outermost
+    codes; NaN has no code and raises ModelError.
     """
     limits = np.iinfo(np.dtype(dtype))
     smallest = -limits.max if limits.min < 0 else 0
@@ -86,7 +89,8 @@ def dequantize(
     *,
     axis: int | None = None,
 ) -> FloatArray:
-    """Values scale * (q - zero_point) of `codes`, float32, same shape; the difference is exact in int64."""
+    """Values scale * (q - zero_point) of `codes`, float32, same shape; the difference is exact in
+    int64."""
     offset = codes.astype(np.int64) - _along(zero_point, codes.ndim, axis).astype(np.int64)
     return np.asarray(offset.astype(np.float32) * _along(scale, codes.ndim, axis), np.float32)
 

@@ -12,13 +12,13 @@ CRITERIA: Registry[Callable[[torch.Tensor, int], torch.Tensor]] = Registry("crit
 
 
 @CRITERIA.register("l1")
-def l1(weight: torch.Tensor, seed: int) -> torch.Tensor:  # noqa: ARG001
+def l1(weight: torch.Tensor, seed: int) -> torch.Tensor:
     """Magnitude |w|: the study's criterion. `weight` any shape; saliency of the same shape, float32."""
     return weight.detach().float().abs()
 
 
 @CRITERIA.register("lamp")
-def lamp(weight: torch.Tensor, seed: int) -> torch.Tensor:  # noqa: ARG001
+def lamp(weight: torch.Tensor, seed: int) -> torch.Tensor:
     """Layer-adaptive magnitude (Lee 2021, eq. 4): w^2 over the sum of all w'^2 >= w^2 of the layer.
 
     Within a layer it orders as magnitude does; across layers it keeps thin layers alive. The saliency of the

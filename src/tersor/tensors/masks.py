@@ -30,7 +30,9 @@ def keep_top(saliency: torch.Tensor, num_removed: int) -> torch.Tensor:
     return torch.from_numpy(mask).view(saliency.shape)
 
 
-def removed_by_layer(saliencies: Sequence[torch.Tensor], sparsity: float, floor: float) -> list[int]:
+def removed_by_layer(
+    saliencies: Sequence[torch.Tensor], sparsity: float, floor: float
+) -> list[int]:
     """Entries each tensor loses when `sparsity` of all entries go, the lowest anywhere first.
 
     No tensor keeps fewer than ceil(floor * size) entries; what the floor saves is taken from the others,

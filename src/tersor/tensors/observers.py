@@ -1,4 +1,5 @@
-"""Observers: they see every activation of a calibration once and answer with the range that codes cover.
+"""Observers: they see every activation of a calibration once and answer with the range that codes
+cover.
 
 Adding one is a class with `observe` and `range`, and the decorator.
 """
@@ -67,9 +68,9 @@ class MinMax:
 class Histogram:
     """The range with the least expected squared error of `LEVELS` evenly spaced codes.
 
-    A streaming histogram of `num_bins` (even) bins. When a value falls outside, neighbouring bins are merged
-    in pairs, which doubles the range and moves no count to a wrong place. Exact zeros are counted apart:
-    they have a code of their own and never a rounding error.
+    A streaming histogram of `num_bins` (even) bins. When a value falls outside, neighbouring bins
+    are merged in pairs, which doubles the range and moves no count to a wrong place. Exact zeros
+    are counted apart: they have a code of their own and never a rounding error.
     """
 
     def __init__(self, num_bins: int = 2048) -> None:
@@ -121,8 +122,8 @@ class Histogram:
     def range(self) -> tuple[float, float]:
         """The best of `CANDIDATES` lows and highs, each tried with each, by expected squared error.
 
-        A value inside errs by step^2 / 12 on average (a uniform error), a value outside by its squared
-        distance from the end.
+        A value inside errs by step^2 / 12 on average (a uniform error), a value outside by its
+        squared distance from the end.
         """
         _require_values(self.count)
         centres = self.origin + (np.arange(self.bins.size) + 0.5) * self.width
@@ -137,8 +138,8 @@ class Histogram:
 
 
 def _tail(centres: Array, bins: Counts, largest: float) -> tuple[Array, Array, Array]:
-    """For ends from `largest` / CANDIDATES to `largest`: how many values lie beyond each, and the sum of their
-    squared distances from it. Only the end 0 where `largest` is 0."""
+    """For ends from `largest` / CANDIDATES to `largest`: how many values lie beyond each, and the
+    sum of their squared distances from it. Only the end 0 where `largest` is 0."""
     if largest <= 0:
         return np.zeros(1), np.zeros(1), np.zeros(1)
     order = np.argsort(centres)
@@ -158,7 +159,7 @@ def _tail(centres: Array, bins: Counts, largest: float) -> tuple[Array, Array, A
 
 @OBSERVERS.register("percentile")
 class Percentile:
-    """The range that leaves a share of 0.01 % of the values outside at each end, from a histogram."""
+    """The range that leaves 0.01 % of the values outside at each end, from a histogram."""
 
     share = 1e-4
 
