@@ -1,4 +1,4 @@
-"""The training loop: what is kept zero, what a seed decides, what a kill costs, and what is refused."""
+"""The training loop: what stays zero, what a seed decides, what a kill costs, what is refused."""
 
 import copy
 import dataclasses as dc
@@ -13,7 +13,8 @@ from torch import nn
 from tersor.data import ArraySet, load_data, split
 from tersor.errors import DataError, ModelError, RunError
 from tersor.methods import finetune as loop
-from tersor.methods.finetune import augmented, finetune, learning_rate, training_accuracy
+from tersor.methods.finetune import finetune, training_accuracy
+from tersor.methods.steps import augmented, learning_rate
 from tersor.models import load_model
 from tersor.specs import Finetune
 
@@ -133,10 +134,11 @@ def test_the_module_the_teacher_and_the_masks_given_are_left_alone():
 
 @pytest.mark.parametrize("make", [digits_net, copied])
 def test_the_seed_alone_decides(make):
+    first, second = make(), make()
     torch.manual_seed(1)
-    first = finetune(make(), SPLITS, TINY).module
+    first = finetune(first, SPLITS, TINY).module
     torch.manual_seed(2)
-    assert equal(first, finetune(make(), SPLITS, TINY).module)
+    assert equal(first, finetune(second, SPLITS, TINY).module)
     assert not equal(first, finetune(make(), SPLITS, dc.replace(TINY, seed=1)).module)
 
 
@@ -145,7 +147,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("make", [digits_net, copied])
-@pytest.mark.parametrize("kept_steps", [1, 4, 5, 11, 12])
+@pytest.mark.parametrize("kept_steps", [1, 4, 11, 12])
 def test_resumed_after_a_kill_the_weights_are_those_of_an_uninterrupted_run(
     tmp_path, monkeypatch, make, kept_steps
 ):
@@ -266,7 +268,7 @@ def test_full_distillation_uses_no_labels():
 def test_distillation_moves_the_student_to_its_teacher():
     teacher = load_model("digits_net", seed=8)
     student = digits_net()
-    spec = dc.replace(TINY, distill=1.0, epochs=12, ema_decay=0.5, augment="none")
+    spec = dc.replace(TINY, distill=1.0, epochs=6, ema_decay=0.5, augment="none")
     trained = finetune(student, SPLITS, spec, teacher=teacher).module
     inputs = torch.from_numpy(next(SPLITS.batches(SPLITS.train, 64)))
 

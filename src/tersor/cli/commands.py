@@ -193,6 +193,7 @@ def export(
         to: onnx or tersor
         input_shape: channels height width of one input (a .tersor file knows its own)
     """
+    from tersor.artifact.storage import write_whole
     from tersor.pipeline import resolve, write
 
     if to not in ("onnx", "tersor"):
@@ -202,10 +203,9 @@ def export(
     if to == "tersor":
         size = write(graph, target, provenance={"model": model})
     else:
-        temporary = target.with_name(f".{target.name}.part")
-        temporary.write_bytes(graph.SerializeToString())
-        temporary.replace(target)
-        size = target.stat().st_size
+        data = graph.SerializeToString()
+        write_whole(target, [data], len(data))
+        size = len(data)
     say(output, f"wrote {target}, {size:,} bytes")
     return {"out": str(target), "size_bytes": size, "to": to}
 

@@ -77,7 +77,7 @@ def _run(
     with watching() as watch:
         page = run_study(settings, splits, directory, weights=weights, watch=watch)
     rows = read_rows(directory / "rows.jsonl")
-    say(output, text_tables(rows))
+    say(output, text_tables(rows, brief=True))
     say(output, f"report: {page}")
     return {"report": str(page), "rows": len(rows), "summary": summary(rows)}
 
@@ -103,7 +103,7 @@ def report(
         raise RunError(f"no such file: {source}; a study or the demonstration writes it")
     rows = read_rows(source)
     page = write_report(rows, pathlib.Path(directory))
-    say(output, text_tables(rows))
+    say(output, text_tables(rows, brief=True))
     say(output, f"report: {page}")
     answer: dict[str, Any] = {"report": str(page), "rows": len(rows)}
     if markdown is not None:

@@ -66,8 +66,7 @@ def checked_batch(batch: Any, expected: tuple[int | None, ...], engine: str) -> 
     if batch.dtype != np.float32:
         raise EngineError(
             f"{engine}: expected float32 of shape {wanted}, got {batch.dtype} of shape "
-            f"{batch.shape}; "
-            "normalise images first (Splits.normalise)"
+            f"{batch.shape}; normalise images first (Splits.normalise)"
         )
     fits = batch.ndim == len(expected) and all(
         want is None or size == want for size, want in zip(batch.shape, expected, strict=True)

@@ -37,8 +37,7 @@ class OnnxRuntimeSession:
         if len(found) != 1 or found[0].type != "tensor(float)":
             raise EngineError(
                 f"onnxruntime: the graph's inputs are {[(i.name, i.type) for i in found]}; "
-                "expected one, of "
-                "float32 images"
+                "expected one, of float32 images"
             )
         self._name = found[0].name
         self._shape = tuple(d if isinstance(d, int) else None for d in found[0].shape)

@@ -22,6 +22,7 @@ from tersor.graph.layers import WEIGHT_OPS, weight_layers
 from tersor.graph.simplify import simplify_pools_
 
 OPSET = 20
+ANY_BATCH = "let forward use x.shape[0] or -1 for the size of the batch, not a fixed number"
 
 
 def export_onnx(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
@@ -54,15 +55,27 @@ def export_onnx(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mo
             failure = ModelError(_explain(module, input_shape, error))
     if failure is not None:
         raise failure
-    if len(graph.graph.input) != 1 or len(graph.graph.output) != 1:
-        raise ModelError(
-            f"{type(module).__name__} returns {len(graph.graph.output)} values; a classifier "
-            "returns one tensor of logits: wrap it in a module whose forward returns that tensor alone"
-        )
+    _check_signature(module, graph)
     simplify_pools_(graph)
     _name_weights_(graph, module)
     _strip_(graph)
+    _positive_zeros_(graph)
     return graph
+
+
+def _check_signature(module: nn.Module, graph: onnx.ModelProto) -> None:
+    """One input and one output, both of any batch size: the exporter itself accepts a fixed one."""
+    name = type(module).__name__
+    values = [*graph.graph.input, *graph.graph.output]
+    if len(graph.graph.input) != 1 or len(graph.graph.output) != 1:
+        raise ModelError(
+            f"{name} returns {len(graph.graph.output)} values; a classifier returns one tensor of "
+            "logits: wrap it in a module that returns that tensor alone"
+        )
+    if any(v.type.tensor_type.shape.dim[:1] == [] for v in values):
+        raise ModelError(f"{name} returns a number; a classifier returns logits (batch, classes)")
+    if any(v.type.tensor_type.shape.dim[0].HasField("dim_value") for v in values):
+        raise ModelError(f"{name} works for one batch size only; {ANY_BATCH}")
 
 
 @contextlib.contextmanager
@@ -113,7 +126,7 @@ def _explain(module: nn.Module, input_shape: tuple[int, int, int], error: BaseEx
             "replace control flow that depends on tensor values by tensor operations (torch.where)"
         )
     elif "batch" in text and "Constraint" in text:
-        remedy = "let forward work for any batch size: use x.shape[0] or -1, not a fixed number"
+        remedy = ANY_BATCH
     return (
         f"{type(module).__name__} cannot be exported for an input of shape (batch, "
         f"{', '.join(map(str, input_shape))}): {type(innermost).__name__}: {reason.strip()[:300]}"
@@ -180,6 +193,15 @@ def _name_weights_(graph: onnx.ModelProto, module: nn.Module) -> None:
             node.input[index] = renamed.get(name, name)
     for info in graph.graph.value_info:
         info.name = renamed.get(info.name, info.name)
+
+
+def _positive_zeros_(graph: onnx.ModelProto) -> None:
+    """-0.0 to 0.0: masking and folding leave signs on zeros, which cost a sparse file its savings."""
+    for held in graph.graph.initializer:
+        if held.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(held)
+            if np.signbit(values[values == 0]).any():
+                held.CopyFrom(onnx.numpy_helper.from_array(values + np.float32(0), held.name))
 
 
 def _strip_(graph: onnx.ModelProto) -> None:

@@ -52,8 +52,7 @@ def observe_ranges(
                 except DataError as error:
                     raise DataError(
                         f"calibration batch {number}: the value {name!r} inside the model: "
-                        f"{error}; the float "
-                        "model overflows on this input"
+                        f"{error}; the float model overflows on this input"
                     ) from None
         seen += len(batch)
     if seen == 0:
@@ -92,8 +91,7 @@ def _checked(
         if values.dtype != np.float32:
             raise DataError(
                 f"calibration batch {number} is {values.dtype}; expected float32 as the model "
-                "sees it "
-                "(Splits.batches normalises)"
+                "sees it (Splits.batches normalises)"
             )
         values = np.ascontiguousarray(values[:left])
         if not np.isfinite(values).all():

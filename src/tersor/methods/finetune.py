@@ -17,6 +17,7 @@ from torch.nn import functional
 from tersor.data.arrays import ArraySet, Splits
 from tersor.errors import DataError, ModelError, RunError
 from tersor.graph.fold import fold_copies_, unfold_copies_
+from tersor.methods.steps import augmented, learning_rate
 from tersor.specs import Finetune
 
 Masks = Mapping[str, torch.Tensor]
@@ -84,13 +85,15 @@ def finetune(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = copy.deepcopy(module)
     example = torch.zeros(2, *splits.input_shape)
+    _check_fit(student, splits, example, masks or {})
     # Trained with equal copies folded: VGG-16's first linear layer is 49 times cheaper and stays exact.
     folded, small_masks = fold_copies_(student, example, masks)
     student = on_device(student, device).train()
     loop = _Loop(student, splits, spec, small_masks, teacher, device)
     if checkpoint is not None and checkpoint.exists():
         loop.restore(checkpoint)
-    loop.run(checkpoint, checkpoint_seconds, on_progress)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        loop.run(checkpoint, checkpoint_seconds, on_progress)
     averaged = off_device(loop.averaged.module).eval()
     unfold_copies_(averaged, folded, masks)
     for parameter in averaged.parameters():
@@ -103,6 +106,35 @@ def finetune(
         device.type,
         loop.state.seconds,
     )
+
+
+def _check_fit(module: nn.Module, splits: Splits, example: torch.Tensor, masks: Masks) -> None:
+    """Refuse data and masks that belong to another network; leaves `module` in eval mode."""
+    try:
+        with torch.no_grad():
+            shape = tuple(module.eval()(example).shape)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(module).__name__} cannot take inputs of {splits.input_shape}: {error}"
+        ) from None
+    if len(shape) != 2:
+        raise ModelError(
+            f"{type(module).__name__} gives outputs of shape {shape}; expected (N, classes)"
+        )
+    labels = splits.train.labels
+    if labels is not None and not 0 <= labels.min() <= labels.max() < shape[1]:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise DataError(
+            f"{splits.name}: label {wrong} is outside the network's {shape[1]} outputs; give "
+            f"num_classes={splits.num_classes}"
+        )
+    parameters = dict(module.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            raise ModelError(
+                f"the mask {name!r} of shape {tuple(mask.shape)} fits no parameter of "
+                f"{type(module).__name__}; it belongs to another network"
+            )
 
 
 class _Loop:
@@ -186,7 +218,7 @@ class _Loop:
                     mean = sum(losses[1:]) / len(losses[1:])
                     self.state.history.append({"epoch": epoch, "loss": mean, "images_per_s": rate})
                     losses = [0.0]
-            if checkpoint is not None and now - saved > checkpoint_seconds:
+            if checkpoint is not None and now - saved > checkpoint_seconds and self._sound(loss):
                 self.save(checkpoint)
                 saved = time.perf_counter()
 
@@ -194,6 +226,8 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, step, self.num_steps)
         inputs, labels = self._batch(step)
+        # Dropout, as all else, depends on the seed and the step alone.
+        torch.manual_seed(self.spec.seed * 15_485_863 + step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = forward(inputs).float()
         loss = self._loss(logits, inputs, labels)
@@ -263,6 +297,11 @@ class _Loop:
             )
         return value
 
+    def _sound(self, loss: torch.Tensor) -> bool:
+        """False where a checkpoint would keep what the next finite check refuses."""
+        parameters = self.student.parameters()
+        return math.isfinite(loss) and all(bool(torch.isfinite(p).all()) for p in parameters)
+
     def save(self, path: pathlib.Path) -> None:
         """Write the checkpoint beside its place and rename it."""
         temporary = path.with_name(f".{path.name}.part")
@@ -274,58 +313,44 @@ class _Loop:
             "state": dc.asdict(self.state),
         }
         try:
-            torch.save(content, temporary)
-            temporary.replace(path)
+            try:
+                torch.save(content, temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
             raise RunError(f"checkpoint {path} cannot be written: {error}") from None
 
     def restore(self, path: pathlib.Path) -> None:
-        """Go on from a checkpoint; one of another recipe is refused."""
+        """Go on from a checkpoint; one of another recipe, network or pruning is refused."""
         try:
             content: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
             raise RunError(
                 f"checkpoint {path} cannot be read ({error}); remove it to start anew"
             ) from None
+        parts = {"spec", "student", "averaged", "optimizer", "state"}
+        if not isinstance(content, dict) or parts - set(content):
+            raise RunError(f"{path} is not a checkpoint of a training; remove it to start anew")
         if content["spec"] != repr(self.spec):
             raise RunError(
                 f"checkpoint {path} belongs to another recipe: {content['spec']}, asked for {self.spec!r}; "
                 "remove it to start anew"
             )
-        self.student.load_state_dict(content["student"])
-        self.averaged.load_state_dict(content["averaged"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.state = _State(**content["state"])
-
-
-def learning_rate(spec: Finetune, step: int, num_steps: int) -> float:
-    """One cycle (Smith 2018): linear from 4 % to the peak over spec.warmup, then half a cosine to zero."""
-    position = (step + 1) / (num_steps + 1)
-    if position < spec.warmup:
-        return spec.learning_rate * (0.04 + 0.96 * position / spec.warmup)
-    progress = (position - spec.warmup) / (1 - spec.warmup)
-    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def augmented(pixels: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
-    """Random shifts by up to an eighth of the width (edges padded with the mean: zero) and, for flip_crop,
-    mirrored halves. `pixels` (N, C, H, W) float32, normalised."""
-    if augment == "none":
-        return pixels
-    count, _, height, width = pixels.shape
-    pad = max(1, width // 8)
-    padded = functional.pad(pixels, (pad, pad, pad, pad))
-    down = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    right = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    columns = right + torch.arange(width)
-    if augment == "flip_crop":
-        flip = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(flip, columns.flip(1), columns)
-    rows = down + torch.arange(height)
-    number = torch.arange(count)[:, None, None]
-    cropped = padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]]
-    return cropped.permute(0, 3, 1, 2)
+        try:
+            self.student.load_state_dict(content["student"])
+            self.averaged.load_state_dict(content["averaged"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.state = _State(**content["state"])
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise RunError(
+                f"checkpoint {path} belongs to another network ({error}); remove it to start anew"
+            ) from None
+        if any(bool(parameter[~mask].any()) for parameter, mask in self.masked):
+            raise RunError(
+                f"checkpoint {path} belongs to another pruning: weights that the masks remove are not "
+                "zero in it; remove it to start anew"
+            )
 
 
 def on_device(module: nn.Module, device: torch.device) -> nn.Module:

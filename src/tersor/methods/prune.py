@@ -85,7 +85,7 @@ def apply(module: nn.Module, decided: Plan, *, seed: int = 0) -> Pruned:
         weight = _finite(decision.layer, layers[decision.layer])
         mask = keep_top(saliency(weight, seed), round(decision.sparsity * weight.numel()))
         with torch.no_grad():
-            weight.mul_(mask)
+            weight.masked_fill_(~mask, 0.0)
         masks[f"{decision.layer}.weight"] = mask
     return Pruned(pruned, masks, decided)
 

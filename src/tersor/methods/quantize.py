@@ -148,8 +148,7 @@ def _chosen(layers: list[GraphLayer], plan: Plan, spec: Quantize) -> list[GraphL
         if decision.layer not in by_name:
             raise ModelError(
                 f"the plan names layer {decision.layer!r}, which the graph does not hold: it is "
-                "the plan of "
-                "another model." + did_you_mean(decision.layer, by_name)
+                "the plan of another model." + did_you_mean(decision.layer, by_name)
             )
         if decision.action == "keep":
             continue
@@ -157,8 +156,7 @@ def _chosen(layers: list[GraphLayer], plan: Plan, spec: Quantize) -> list[GraphL
         if decision.action != ACTIONS[spec.mode]:
             raise SpecError(
                 f"plan: layer {layer.name!r} has action {decision.action!r}; mode {spec.mode} "
-                "allows keep and "
-                f"{ACTIONS[spec.mode]}"
+                f"allows keep and {ACTIONS[spec.mode]}"
             )
         if layer.problem or (spec.mode == "dynamic" and layer.op == "Conv"):
             raise SpecError(

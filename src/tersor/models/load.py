@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from tersor.artifact.storage import write_whole
 from tersor.errors import ModelError, SpecError, UnknownNameError
 from tersor.models.compact import compact_tensors, expand_tensors, packed, unpacked
 from tersor.models.networks import digits_net, resnet18, torchvision_model, vgg16, vgg16_bn
@@ -88,16 +89,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise ModelError(f"no such weights file: {file}")
+    found: Any
     try:
         if file.name.endswith(".safetensors.xz"):
             found = expand_tensors(from_bytes(unpacked(file.read_bytes())))
         elif file.suffix == ".safetensors":
-            found: Any = load_file(file)
+            found = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a damaged pickle raises AssertionError, KeyError, EOFError and more
+    except Exception as error:  # a damaged pickle raises AssertionError, KeyError and more
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{file} cannot be read as weights: {reason}; expected safetensors, or a .pt file that holds "
@@ -149,7 +149,7 @@ def load_weights_(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike[str], *, half: bool = False) -> int:
-    """Write the state dict as safetensors beside the target, then rename; returns the bytes on disk.
+    """Write the state dict as safetensors, whole or not at all; returns the bytes on disk.
 
     With `half`, floating tensors are stored in float16. A first linear layer whose columns are equal in groups
     of 49 (see `read_weights`) is stored summed.
@@ -201,16 +201,7 @@ def _halved(key: str, value: torch.Tensor) -> torch.Tensor:
 
 def _write_bytes(path: str | os.PathLike[str], data: bytes) -> int:
     target = pathlib.Path(path)
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error}") from None
+    write_whole(target, [data], len(data))
     return len(data)
 
 

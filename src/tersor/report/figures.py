@@ -19,6 +19,8 @@ from tersor.report.words import MISSING, clean
 # colour.
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), "-", "-")
+# Names lie over the axes and must not push them about.
+SMALL: dict[str, Any] = {"fontsize": 9, "in_layout": False}
 MEASURED: dict[str, Any] = {
     "linewidth": 1.9,
     "markersize": 6,
@@ -42,6 +44,7 @@ DIAMOND: dict[str, Any] = {
 }
 HATCHES = ("", "////", "....", "xxxx")
 LINES_INCH, BARS_INCH = 5.2, 3.9
+LONGEST_LABEL = 54  # characters; the whole name stands in the table
 VALUES_SHARE = 1.45  # of the longest bar: what lies right of it is the column of values
 
 
@@ -159,7 +162,7 @@ def _draw_bars(axes: Any, plot: Plot) -> None:
     step = len(plot.bars) * 0.62 + 0.95
     has_reference = False
     for number, name in enumerate(plot.categories):
-        axes.text(0, number * step - 0.42, _label(name), va="bottom", ha="left", fontsize=9)
+        axes.text(0, number * step - 0.42, _label(name), va="bottom", ha="left", **SMALL)
         for place, series in enumerate(plot.bars):
             y = number * step + place * 0.62
             has_reference |= _draw_bar(axes, series, number, y, place, top)
@@ -180,7 +183,7 @@ def _draw_bar(axes: Any, series: Bars, number: int, y: float, place: int, top: f
     one."""
     value = series.values[number]
     if value is None:
-        axes.text(0.01 * top, y, MISSING, va="center", fontsize=9, fontstyle="italic")
+        axes.text(0.01 * top, y, MISSING, va="center", fontstyle="italic", **SMALL)
         return False
     axes.barh(
         y,
@@ -238,7 +241,8 @@ def _largest(plot: Plot) -> float:
 
 
 def _label(text: str) -> str:
-    """A label without what matplotlib reads as its own: a leading underscore hides a legend's
-    entry."""
+    """A label of one line that fits, without the leading underscore that matplotlib hides."""
     cleaned = clean(text)
+    if len(cleaned) > LONGEST_LABEL:
+        cleaned = cleaned[: LONGEST_LABEL - 1] + "…"
     return f"\u200b{cleaned}" if cleaned.startswith("_") else cleaned

@@ -28,7 +28,10 @@ SCOPE_DETAILS = {"layer": "the same share of every layer", "global": "all layers
 def clean(text: object) -> str:
     """`text` in one line without control or direction characters, which could forge a terminal's
     output."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def percent(share: float | None, digits: int = 2) -> str:

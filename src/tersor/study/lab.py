@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses as dc
 import datetime
+import io
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tersor.artifact.storage import write_whole
 from tersor.bench.environment import environment
 from tersor.bench.evaluate import evaluate
 from tersor.bench.stats import paired_interval
@@ -131,7 +133,9 @@ def measure_float(lab: Lab, model: str, module: nn.Module) -> Score:
     graph = export_onnx(module, lab.splits.input_shape)
     size = write(graph, lab.out / "models" / f"{model}.float.tersor")
     score = judge(lab, f"{model} float", open_session(graph, threads=lab.settings.threads))
-    np.save(kept, score.per_sample)
+    stream = io.BytesIO()
+    np.save(stream, score.per_sample)
+    write_whole(kept, [stream.getvalue()], len(stream.getvalue()))
     if lab.missing(**key):
         lab.record(model, accuracy_row("float", score, None, size))
     return score

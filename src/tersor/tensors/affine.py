@@ -20,6 +20,8 @@ FloatArray = npt.NDArray[np.float32]
 
 # A smaller scale would be denormal: its inverse overflows, and some engines flush it to zero.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+# Ranges end here: of a larger one, scale * (q - zero_point) may round to infinity.
+LARGEST = 2.0**127
 
 
 def choose_affine(low: float, high: float) -> tuple[np.float32, np.uint8]:
@@ -33,7 +35,7 @@ def choose_affine(low: float, high: float) -> tuple[np.float32, np.uint8]:
         raise ModelError(
             f"no codes cover the range {low} to {high}; it must be finite and in order"
         )
-    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    low, high = max(min(float(low), 0.0), -LARGEST), min(max(float(high), 0.0), LARGEST)
     if low == high:
         return np.float32(1.0), np.uint8(0)
     scale = np.float32(max((high - low) / 255, SMALLEST_SCALE))
@@ -53,7 +55,8 @@ def choose_symmetric(weight: Array, axis: int | None = None) -> FloatArray:
     largest = np.abs(weight).max(axis=others, initial=0.0)
     if not np.isfinite(largest).all():
         raise ModelError("weights hold NaN or infinity; load finite weights before quantizing")
-    scale = np.maximum(largest.astype(np.float64) / 127, SMALLEST_SCALE).astype(np.float32)
+    steps = np.minimum(largest.astype(np.float64), LARGEST) / 127
+    scale = np.maximum(steps, SMALLEST_SCALE).astype(np.float32)
     return np.asarray(np.where(largest == 0, np.float32(1), scale), np.float32)
 
 

@@ -1,0 +1,39 @@
+"""What a training step gets besides the module: its learning rate and its augmented images."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+from tersor.specs import Finetune
+
+
+def learning_rate(spec: Finetune, step: int, num_steps: int) -> float:
+    """One cycle (Smith 2018): linear from 4 % to the peak over spec.warmup, then half a cosine to zero."""
+    position = (step + 1) / (num_steps + 1)
+    if position < spec.warmup:
+        return spec.learning_rate * (0.04 + 0.96 * position / spec.warmup)
+    progress = (position - spec.warmup) / (1 - spec.warmup)
+    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def augmented(pixels: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
+    """Random shifts by up to an eighth of the width (edges padded with the mean: zero) and, for flip_crop,
+    mirrored halves. `pixels` (N, C, H, W) float32, normalised."""
+    if augment == "none":
+        return pixels
+    count, _, height, width = pixels.shape
+    pad = max(1, width // 8)
+    padded = functional.pad(pixels, (pad, pad, pad, pad))
+    down = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+    right = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+    columns = right + torch.arange(width)
+    if augment == "flip_crop":
+        flip = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(flip, columns.flip(1), columns)
+    rows = down + torch.arange(height)
+    number = torch.arange(count)[:, None, None]
+    cropped = padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]]
+    return cropped.permute(0, 3, 1, 2)
