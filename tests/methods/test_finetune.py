@@ -456,3 +456,30 @@ def test_training_accuracy_counts_right_answers():
     assert training_accuracy(module, SPLITS, SPLITS.train, batch_size=7) == pytest.approx(
         expected, abs=1 / 64
     )
+
+
+def test_the_moving_average_follows_its_formula():
+    from tersor.methods.steps import moving_average
+
+    update = moving_average(0.9)
+    averaged, values, count = (
+        [torch.zeros(3)],
+        [torch.ones(3), 2 * torch.ones(3)],
+        [torch.zeros(1).long()],
+    )
+    update(averaged, [values[0]], torch.tensor(1))
+    expected = torch.ones(3) * (1 - 2 / 11)
+    assert torch.allclose(averaged[0], expected)
+    update(averaged, [values[1]], torch.tensor(1000))
+    assert torch.allclose(averaged[0], expected + (2 - expected) * (1 - 0.9))
+    update(count, [torch.tensor([7])], torch.tensor(3))
+    assert count[0].item() == 7
+
+
+def test_a_short_run_is_judged_by_what_it_learned():
+    data = load_data("digits")
+    spec = Finetune(
+        epochs=3, batch_size=64, augment="none", precision="float32", compile="off", ema_decay=0.99
+    )
+    trained = finetune(load_model("digits_net"), data, spec)
+    assert training_accuracy(trained.module, data, data.validation) > 0.8

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tersor.data.arrays import ArraySet, Splits
 from tersor.errors import DataError, ModelError, RunError
 from tersor.graph.fold import fold_copies_, unfold_copies_
-from tersor.methods.steps import augmented, learning_rate
+from tersor.methods.steps import augmented, learning_rate, moving_average
 from tersor.specs import Finetune
 
 Masks = Mapping[str, torch.Tensor]
@@ -170,7 +170,7 @@ class _Loop:
         )
         self.averaged = torch.optim.swa_utils.AveragedModel(
             student,
-            multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(spec.ema_decay),  # type: ignore[no-untyped-call]
+            multi_avg_fn=moving_average(spec.ema_decay),
             use_buffers=True,
         )
         self.precision = usable_precision(spec.precision, device)

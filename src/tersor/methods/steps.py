@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -17,6 +19,26 @@ def learning_rate(spec: Finetune, step: int, num_steps: int) -> float:
         return spec.learning_rate * (0.04 + 0.96 * position / spec.warmup)
     progress = (position - spec.warmup) / (1 - spec.warmup)
     return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Update for AveragedModel: an exponential moving average whose decay grows to `decay`.
+
+    The decay after n steps is min(decay, (1 + n) / (10 + n)), so that a run of few steps is not held back by the
+    weights it started from. Integer buffers are copied.
+    """
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, num_averaged: Any) -> None:
+        seen = float(num_averaged)
+        share = 1 - min(decay, (1 + seen) / (10 + seen))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, share)
+        else:
+            for mean, value in zip(averaged, current, strict=True):
+                mean.copy_(value)
+
+    return update
 
 
 def augmented(pixels: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:

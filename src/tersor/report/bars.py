@@ -121,11 +121,17 @@ def _size_bars(found: Measurements, network: Network | None, family: str, title:
                 title,
                 f"file, {form_title(Form(variant))}{head}",
                 f"{wanted:.1f} MiB ± {percent(reference.SIZE_TOLERANCE, 0)} %",
-                None if off is None else f"{mib(size_bytes)} MiB ({signed(100 * off)} %)",
+                None if off is None else f"{mib(size_bytes)} MiB ({_off(off)} %)",
                 off is not None and abs(off) <= reference.SIZE_TOLERANCE + EPSILON,
             )
         )
     return result
+
+
+def _off(off: float) -> str:
+    """A deviation in per cent; one more digit where two would hide on which side of the bar it is."""
+    close = abs(abs(off) - reference.SIZE_TOLERANCE) < 1e-4
+    return signed(100 * off, 4 if close else 2)
 
 
 def _size(found: Measurements, network: Network | None, variant: str) -> int | None:

@@ -160,8 +160,8 @@ def _size_table(found: Measurements, network: Network, scopes: list[str], index:
         tuple(columns),
         tuple(rows),
         (
-            f"Bytes of the real file on disk in MiB (2^20 bytes); the float32 file has "
-            f"{mib(base)} MiB. "
+            "Bytes of the real file on disk in MiB (2^20 bytes); the float32 file: "
+            f"{mib(base) + ' MiB' if base else MISSING}. "
             "“Times smaller” compares with that file, for the last measured column of the scope.",
         ),
     )

@@ -6,6 +6,7 @@ import copy
 import dataclasses as dc
 import datetime
 import io
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,7 @@ def float_module(lab: Lab, model: str) -> nn.Module:
     """The trained float network: from the weights given, else trained once and kept in the study's directory."""
     given = lab.weights.get(model)
     if given is not None:
+        _record_given_training(lab, model, pathlib.Path(given))
         return load_model(model, weights=given)
     path = lab.work / f"{model}.safetensors"
     module = load_model(model, seed=lab.settings.seed)
@@ -121,6 +123,20 @@ def float_module(lab: Lab, model: str) -> nn.Module:
         )
     checkpoint.unlink(missing_ok=True)
     return trained.module
+
+
+def _record_given_training(lab: Lab, model: str, weights: pathlib.Path) -> None:
+    """The recipe of weights that were given, from the .json that `tersor train` writes beside them."""
+    told = weights.with_name(weights.name.partition(".safetensors")[0] + ".json")
+    if not told.is_file() or not lab.missing(kind="training", model=model):
+        return
+    try:
+        found = json.loads(told.read_text())
+        keys = ("recipe", "seconds", "images_per_s", "precision", "started_from", "history")
+        row = {key: found.get(key) for key in keys} | {"epochs": found["recipe"]["epochs"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{told} is not what tersor train writes: {error!r}; mend or remove it") from None
+    lab.record(model, {"kind": "training", **row})
 
 
 def measure_float(lab: Lab, model: str, module: nn.Module) -> Score:

@@ -51,8 +51,7 @@ def run_study(
     with Journal(out / "rows.jsonl") as journal:
         lab = Lab(settings, splits, out, journal, weights, position.show)
         same_settings(lab)
-        for model in settings.models:
-            _run_model(lab, model, position)
+        _measure_all(lab, position)
         return write_report(journal.rows(), out)
 
 
@@ -73,18 +72,23 @@ def _num_steps(settings: StudySettings) -> int:
     return 1 + len(settings.modes) + len(settings.batches) + sweep
 
 
-def _run_model(lab: Lab, model: str, position: _Position) -> None:
-    """All measurements of one network; what is done already costs nothing."""
-    module = float_module(lab, model)
-    original = measure_float(lab, model, module)
-    position.done += 1
-    for mode in lab.settings.modes:
-        measure_quantized(lab, model, module, mode, original)
+def _measure_all(lab: Lab, position: _Position) -> None:
+    """Every measurement, the cheap ones of all networks first; what is done already costs nothing."""
+    settings = lab.settings
+    modules, originals = {}, {}
+    for model in settings.models:
+        modules[model] = float_module(lab, model)
+        originals[model] = measure_float(lab, model, modules[model])
         position.done += 1
-    for batch in lab.settings.batches:
-        measure_timing(lab, model, module, batch)
-        position.done += 1
-    for scope in lab.settings.scopes:
-        for sparsity in lab.settings.sparsities:
-            measure_pruned(lab, model, module, scope, sparsity, original)
+        for mode in settings.modes:
+            measure_quantized(lab, model, modules[model], mode, originals[model])
             position.done += 1
+    for model in settings.models:
+        for batch in settings.batches:
+            measure_timing(lab, model, modules[model], batch)
+            position.done += 1
+    for scope in settings.scopes:
+        for model in settings.models:
+            for sparsity in settings.sparsities:
+                measure_pruned(lab, model, modules[model], scope, sparsity, originals[model])
+                position.done += 1

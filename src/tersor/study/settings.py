@@ -37,6 +37,7 @@ class StudySettings(Spec, kind="study"):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.finetune_epochs) != len(self.sparsities):
             raise SpecError(
                 f"finetune_epochs has {len(self.finetune_epochs)} values for {len(self.sparsities)} "
