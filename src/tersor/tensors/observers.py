@@ -134,7 +134,7 @@ class Histogram:
         inside = self.bins.sum() - low_counts[:, None] - high_counts[None, :]
         error = inside * step**2 / 12 + low_errors[:, None] + high_errors[None, :]
         best_low, best_high = np.unravel_index(int(error.argmin()), error.shape)
-        return -float(lows[best_low]), float(highs[best_high])
+        return 0.0 - float(lows[best_low]), float(highs[best_high])
 
 
 def _tail(centres: Array, bins: Counts, largest: float) -> tuple[Array, Array, Array]:
