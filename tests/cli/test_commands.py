@@ -117,9 +117,9 @@ REFUSALS = {
     "unknown data": (["evaluate", "digits_net", "--data", "digit"], 2, "Did you mean 'digits'?"),
     "unknown torchvision": (["inspect", "torchvision:resnet19"], 2, "Did you mean 'resnet1"),
     "unknown criterion": (
-        ["prune", "digits_net", "--data", "digits", "--out", "x.tersor", "--criterion", "l3"],
+        ["prune", "digits_net", "--data", "digits", "--out", "x.tersor", "--criterion", "randon"],
         2,
-        "Did you mean 'l1'?",
+        "Did you mean 'random'?",
     ),
     "unknown mode": (["quantize", "digits_net", "--out", "x.tersor", "--mode", "statc"], 2, "'static'"),
     "missing weights": (["inspect", "digits_net", "--weights", "none.pt"], 1, "no such weights file"),

@@ -69,8 +69,9 @@ def load_model(
 
 
 def _user_module(name: str, options: dict[str, Any]) -> nn.Module:
+    build = load_function(name)
     try:
-        module = load_function(name)(**options)
+        module = build(**options)
     except Exception as error:
         raise ModelError(
             f"{name} could not be called with {options}: {type(error).__name__}: {error}"
