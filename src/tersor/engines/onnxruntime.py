@@ -62,6 +62,8 @@ def inference_session(graph: onnx.ModelProto, threads: int, *, optimize: bool = 
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    # Its threads would spin on after a run and slow down whatever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if _sums_saturate():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if _only_weights_quantized(graph):

@@ -2,8 +2,9 @@
 
 A float network in half precision costs two bytes a weight, most of which is noise. Here each output channel of a
 matrix or convolution gets a step, `step = sqrt(12 * error) * std` (a uniform quantizer's squared error is
-step^2 / 12), and integer codes; the whole safetensors file is packed by xz. The rounded network is the one to be
-measured and published: reading the file gives exactly its weights.
+step^2 / 12), and integer codes; a weight is (code + 1/2) * step, so that none becomes zero and pruning finds as little
+to remove as before. The whole safetensors file is packed by xz. The rounded network is the one to be measured and
+published: reading the file gives exactly its weights.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def compact_tensors(
             continue
         rows = value.float().flatten(1)
         step = (rows.std(1) * math.sqrt(12 * errors[name])).clamp(min=1e-12)
-        codes = torch.round(rows / step[:, None])
+        codes = torch.floor(rows / step[:, None])
         largest = float(codes.abs().max())
         if largest > LARGEST_CODE:
             raise ModelError(
@@ -48,7 +49,7 @@ def compact_tensors(
 
 
 def expand_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The float32 weights that `compact_tensors` stands for: code * step, computed in float32."""
+    """The float32 weights that `compact_tensors` stands for: (code + 1/2) * step, computed in float32."""
     state: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(STEP) and name.removesuffix(STEP) + CODES in tensors:
@@ -60,7 +61,7 @@ def expand_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
         step = tensors.get(key + STEP)
         if step is None or step.shape != value.shape[:1]:
             raise ModelError(f"{key}: codes without one step for each of {value.shape[0]} channels")
-        state[key] = value.float() * step.view(-1, *[1] * (value.ndim - 1))
+        state[key] = (value.float() + 0.5) * step.view(-1, *[1] * (value.ndim - 1))
     return state
 
 
