@@ -25,6 +25,7 @@ SMALL = StudySettings(
     batch_size=64,
     augment="crop",
     finetune_epochs=(0.5, 1.0),
+    finetune_learning_rate=(0.01, 0.03),
     batches=(1, 4),
     threads=1,
     timing_seconds=0.2,
@@ -112,6 +113,8 @@ def test_other_settings_are_refused_with_the_difference(finished, data):
 def test_settings_that_cannot_mean_anything_are_refused(data, tmp_path):
     with pytest.raises(SpecError, match="finetune_epochs has 1 values for 2"):
         StudySettings(sparsities=(0.1, 0.2), finetune_epochs=(1.0,))
+    with pytest.raises(SpecError, match="finetune_learning_rate has 5 values for 2"):
+        StudySettings(sparsities=(0.1, 0.2), finetune_epochs=(1.0, 1.0))
     with pytest.raises(UnknownNameError, match="Did you mean 'resnet18'"):
         run_study(StudySettings(models=("resnet81",)), data, tmp_path)
     with pytest.raises(UnknownNameError, match="weights given for 'resnet18'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ DEMO = StudySettings(
     batch_size=64,
     augment="crop",
     finetune_epochs=(10.0,),
+    finetune_learning_rate=(0.03,),
     batches=(1, 64),
     timing_seconds=4.0,
 )
@@ -92,7 +94,7 @@ def report(
     """Write the tables, figures and page of a directory that holds rows.jsonl.
 
     Args:
-        markdown: also write the Markdown tables to this file
+        markdown: also write the Markdown tables to this file, with links to the figures of DIR
     """
     from tersor.report import markdown as to_markdown
     from tersor.report import text_tables, write_report
@@ -103,10 +105,14 @@ def report(
         raise RunError(f"no such file: {source}; a study or the demonstration writes it")
     rows = read_rows(source)
     page = write_report(rows, pathlib.Path(directory))
-    say(output, text_tables(rows, brief=True))
-    say(output, f"report: {page}")
     answer: dict[str, Any] = {"report": str(page), "rows": len(rows)}
     if markdown is not None:
-        pathlib.Path(markdown).write_text(to_markdown(rows))
+        figures = os.path.relpath(page.parent / "figures", pathlib.Path(markdown).parent)
+        try:
+            pathlib.Path(markdown).write_text(to_markdown(rows, figures=figures), encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{markdown} cannot be written: {error.strerror}") from None
         answer["markdown"] = markdown
+    say(output, text_tables(rows, brief=True))
+    say(output, f"report: {page}")
     return answer

@@ -107,9 +107,10 @@ class Measurements:
         return merged(rows) if rows else None
 
     def best_known(self, network: Network, **wanted: Any) -> tuple[Form, Accuracy] | None:
-        """The scored form with these fields, of the preferred engine where several ran it."""
-        for form in self.forms(network):
-            if all(getattr(form, k) == v for k, v in wanted.items()) and not form.precision:
+        """The scored form with these fields, of the preferred engine where several ran it; one judged in another
+        arithmetic than its own only where there is no other."""
+        for form in sorted(self.forms(network), key=lambda form: bool(form.precision)):
+            if all(getattr(form, k) == v for k, v in wanted.items()):
                 found = self.score(network, form)
                 if found:
                     return form, found

@@ -12,6 +12,7 @@ from tersor.report.words import (
     NONE,
     SCOPE_DETAILS,
     SCOPES,
+    clean,
     count,
     mib,
     network_title,
@@ -129,6 +130,14 @@ def _interval_note(found: Measurements, network: Network) -> str:
     note = "Difference from the float32 network on the same images, in percentage points"
     note += f", with its paired {level} interval" if level else ""
     note += f"; {samples} test images." if samples else "."
+    other = {
+        form.precision
+        for form in found.forms(network)
+        if form.variant == "pruned" and form.precision
+    }
+    if other:
+        note += f" Pruned networks were judged in {clean(min(other))} in PyTorch, the float32 network in its file"
+        note += " on ONNX Runtime."
     seeds = max((s.num_seeds for s in scores), default=1)
     if seeds > 1:
         note += f" Forms with several seeds (up to {seeds}): means, and the widest span of"

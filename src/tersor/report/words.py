@@ -8,7 +8,7 @@ from tersor.report.reference import TITLES
 MISSING = "not measured"
 NONE = "–"  # the cell cannot hold a value
 
-ENGINES = {"torch": "PyTorch eager", "onnxruntime": "ONNX Runtime"}
+ENGINES = {"torch": "PyTorch eager", "torch_bf16": "PyTorch eager", "onnxruntime": "ONNX Runtime"}
 VARIANTS = {
     "float": "float32",
     "pruned": "pruned",

@@ -135,7 +135,9 @@ def _record_given_training(lab: Lab, model: str, weights: pathlib.Path) -> None:
         keys = ("recipe", "seconds", "images_per_s", "precision", "started_from", "history")
         row = {key: found.get(key) for key in keys} | {"epochs": found["recipe"]["epochs"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{told} is not what tersor train writes: {error!r}; mend or remove it") from None
+        raise RunError(
+            f"{told} is not what tersor train writes: {error!r}; mend or remove it"
+        ) from None
     lab.record(model, {"kind": "training", **row})
 
 
@@ -264,9 +266,10 @@ def measure_pruned(
     settings = lab.settings
     label = f"{model} pruned {sparsity:.0%} by {scope}"
     lab.watch(f"{label}: prune", 0.0)
+    place = settings.sparsities.index(sparsity)
     recovery = Finetune(
-        epochs=settings.finetune_epochs[settings.sparsities.index(sparsity)],
-        learning_rate=settings.finetune_learning_rate,
+        epochs=settings.finetune_epochs[place],
+        learning_rate=settings.finetune_learning_rate[place],
         batch_size=settings.batch_size,
         augment=settings.augment,
         seed=settings.seed,
@@ -293,7 +296,10 @@ def measure_pruned(
         if state not in todo or candidate is None:
             continue
         row = _pruned_row(lab, f"{label}, {state}", candidate, original, state)
-        lab.record(model, {**row, "scope": scope, "sparsity": sparsity, "recovery": state})
+        row |= {"scope": scope, "sparsity": sparsity, "recovery": state}
+        if state == "finetune":
+            row["recipe"] = recovery.to_dict()
+        lab.record(model, row)
     checkpoint.unlink(missing_ok=True)
 
 

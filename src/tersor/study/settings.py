@@ -12,9 +12,11 @@ from tersor.specs import Spec
 class StudySettings(Spec, kind="study"):
     """Pruning at `sparsities` x `scopes`, quantization in `modes`, timing at `batches`, for each of `models`.
 
-    `finetune_epochs` holds one number for each sparsity. `accuracy_precision` is the arithmetic in which the
-    pruned networks are judged: "float32" runs the written file on ONNX Runtime, "bf16" runs the module in
-    torch, twice as fast where the processor has bfloat16. Float and quantized forms always run from the file.
+    `finetune_epochs` and `finetune_learning_rate` hold one number for each sparsity: a lightly pruned
+    network needs few small steps, and large ones only take it away from where it was.
+    `accuracy_precision` is the arithmetic in which the pruned networks are judged: "float32" runs the
+    written file on ONNX Runtime, "bf16" runs the module in torch, twice as fast where the processor has
+    bfloat16. Float and quantized forms always run from the file.
     """
 
     models: tuple[str, ...] = ("vgg16_bn", "resnet18")
@@ -29,7 +31,7 @@ class StudySettings(Spec, kind="study"):
     batch_size: int = 256
     augment: str = "flip_crop"
     finetune_epochs: tuple[float, ...] = (1.0, 1.0, 2.0, 3.0, 6.0)
-    finetune_learning_rate: float = 0.03
+    finetune_learning_rate: tuple[float, ...] = (0.005, 0.005, 0.01, 0.02, 0.03)
     batches: tuple[int, ...] = (1, 64)
     threads: int = 2
     timing_seconds: float = 30.0
@@ -38,11 +40,13 @@ class StudySettings(Spec, kind="study"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.finetune_epochs) != len(self.sparsities):
-            raise SpecError(
-                f"finetune_epochs has {len(self.finetune_epochs)} values for {len(self.sparsities)} "
-                "sparsities; give one for each"
-            )
+        for name in ("finetune_epochs", "finetune_learning_rate"):
+            values = getattr(self, name)
+            if len(values) != len(self.sparsities):
+                raise SpecError(
+                    f"{name} has {len(values)} values for {len(self.sparsities)} sparsities; "
+                    "give one for each"
+                )
         if self.accuracy_precision not in ("float32", "bf16"):
             raise SpecError(
                 f"accuracy_precision must be float32 or bf16, got {self.accuracy_precision!r}"
