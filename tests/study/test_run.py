@@ -53,7 +53,7 @@ def accuracy_keys(rows):
 
 
 EXPECTED = sorted(
-    [(v, "", 0.0, "") for v in ("float", "static", "dynamic")]
+    [(v, "", 0.0, "") for v in ("float", "float", "static", "dynamic")]
     + [
         ("pruned", scope, sparsity, recovery)
         for scope in SMALL.scopes
@@ -80,18 +80,51 @@ def test_every_row_carries_its_conditions(finished):
             assert row[key] is not None, (row["kind"], key)
         if row["kind"] == "accuracy":
             assert row["num_samples"] == 449
-            assert (row["interval"] is None) == (row["variant"] == "float")
+            original = row["variant"] == "float" and row["engine"] == "onnxruntime"
+            assert (row["interval"] is None) == original
 
 
 def test_pruned_files_shrink_with_sparsity_and_int8_is_near_a_quarter(finished):
     _, _, rows = finished
-    size = {k: r["size_bytes"] for k, r in zip(accuracy_keys(rows), sorted(
-        (r for r in rows if r["kind"] == "accuracy"),
-        key=lambda r: (r["variant"], r["scope"], r["sparsity"], r["recovery"]),
-    ), strict=True)}  # fmt: skip
+    size = {
+        (r["variant"], r["scope"], r["sparsity"], r["recovery"]): r["size_bytes"]
+        for r in rows
+        if r["kind"] == "accuracy" and r["engine"] == "onnxruntime"
+    }
     full = size["float", "", 0.0, ""]
     assert size["pruned", "layer", 0.9, "none"] < size["pruned", "layer", 0.5, "none"] < full
     assert size["static", "", 0.0, ""] < 0.4 * full
+
+
+def test_every_fine_tuned_row_carries_its_recipe(finished):
+    _, _, rows = finished
+    tuned = [r for r in rows if r.get("recovery") == "finetune"]
+    for row in tuned:
+        place = SMALL.sparsities.index(row["sparsity"])
+        assert row["recipe"]["epochs"] == SMALL.finetune_epochs[place]
+        assert row["recipe"]["learning_rate"] == SMALL.finetune_learning_rate[place]
+    assert len(tuned) == 4
+
+
+def test_pruned_forms_are_timed_when_asked(data, tmp_path):
+    import dataclasses
+
+    asked = dataclasses.replace(
+        SMALL,
+        sparsities=(0.5,),
+        finetune_epochs=(0.5,),
+        finetune_learning_rate=(0.01,),
+        scopes=("layer",),
+        batches=(1,),
+        time_pruned=True,
+    )
+    run_study(asked, data, tmp_path)
+    timed = [
+        r["recovery"]
+        for r in read_rows(tmp_path / "rows.jsonl")
+        if r["kind"] == "timing" and r["variant"] == "pruned"
+    ]
+    assert sorted(timed) == ["bn", "finetune", "none"]
 
 
 def test_a_second_call_measures_nothing_again(finished, data):

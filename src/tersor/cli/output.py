@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -45,10 +46,14 @@ def show_table(
     output: Output, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 ) -> None:
     """Print a table; numbers stand right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         number = bool(rows) and all(isinstance(r[index], int | float | None) for r in rows)
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        widest = max((len(_cell(row[index])) for row in rows), default=0)
+        # Numbers and short words stay whole; long sentences fold.
+        least = widest if number or widest <= 24 else 16
+        justify: Literal["right", "left"] = "right" if number else "left"
+        table.add_column(column, justify=justify, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     console(output).print(table)
@@ -59,7 +64,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from tersor.cli.output import Output, say, watching
+from tersor.cli.output import Output, say, show_table, watching
 from tersor.errors import RunError, SpecError
 from tersor.study.settings import StudySettings
 
@@ -27,6 +27,7 @@ DEMO = StudySettings(
     finetune_learning_rate=(0.03,),
     batches=(1, 64),
     timing_seconds=4.0,
+    time_pruned=True,
 )
 
 
@@ -68,7 +69,7 @@ def _run(
     settings: StudySettings, data: str, out: str, weights: dict[str, str], output: Output
 ) -> dict[str, Any]:
     from tersor.data import load_data
-    from tersor.report import summary, text_tables
+    from tersor.report import summary
     from tersor.study.journal import read_rows
     from tersor.study.run import run_study
 
@@ -79,8 +80,7 @@ def _run(
     with watching() as watch:
         page = run_study(settings, splits, directory, weights=weights, watch=watch)
     rows = read_rows(directory / "rows.jsonl")
-    say(output, text_tables(rows, brief=True))
-    say(output, f"report: {page}")
+    _show_closing(output, rows, page)
     return {"report": str(page), "rows": len(rows), "summary": summary(rows)}
 
 
@@ -97,7 +97,7 @@ def report(
         markdown: also write the Markdown tables to this file, with links to the figures of DIR
     """
     from tersor.report import markdown as to_markdown
-    from tersor.report import text_tables, write_report
+    from tersor.report import write_report
     from tersor.study.journal import read_rows
 
     source = pathlib.Path(directory) / "rows.jsonl"
@@ -113,6 +113,52 @@ def report(
         except OSError as error:
             raise RunError(f"{markdown} cannot be written: {error.strerror}") from None
         answer["markdown"] = markdown
-    say(output, text_tables(rows, brief=True))
-    say(output, f"report: {page}")
+    _show_closing(output, rows, page)
     return answer
+
+
+def _show_closing(output: Output, rows: list[dict[str, Any]], page: pathlib.Path) -> None:
+    """What ends a run: every form in a line, what was covered, and where the report lies."""
+    from tersor.report import summary
+
+    lines = summary(rows)
+    for network in dict.fromkeys(line["model"] for line in lines):
+        mine = [line for line in lines if line["model"] == network]
+        batches = sorted({t["batch"] for line in mine for t in line["timings"]})
+        columns = ["form", "accuracy %", "difference, pt", "bytes"]
+        table = []
+        for line in mine:
+            times = {t["batch"]: t["median_ms"] for t in line["timings"]}
+            accuracy = None if line["accuracy"] is None else 100 * line["accuracy"]
+            cells = [line["form"], accuracy, _difference(line["interval"]), line["size_bytes"]]
+            table.append([*cells, *(times.get(b) for b in batches)])
+        columns += [f"ms at {b}" for b in batches]
+        show_table(output, f"{network}: accuracy, bytes and CPU time by batch size", columns, table)
+    covered = [_coverage(row) for row in rows if row["kind"] == "coverage"]
+    heads = ("network", "form", "layers", "MACs %", "bytes %", "left alone, and why")
+    show_table(
+        output, "coverage: layers changed, share of MACs and of weight bytes", heads, covered
+    )
+    say(output, f"report: {page}")
+
+
+def _difference(interval: dict[str, Any] | None) -> str | None:
+    if interval is None:
+        return None
+    return "{difference_pt:+.2f} ({low_pt:+.2f} to {high_pt:+.2f})".format(**interval)
+
+
+def _coverage(row: dict[str, Any]) -> list[Any]:
+    kept = [layer for layer in row["layers"] if layer["action"] == "keep"]
+    changed = f"{len(row['layers']) - len(kept)} of {len(row['layers'])}"
+    form = row["variant"]
+    if row.get("scope"):
+        form += f" {row['sparsity']:.0%}, scope {row['scope']}"
+    shares = [
+        None if row.get(key) is None else 100 * row[key] for key in ("macs_share", "bytes_share")
+    ]
+    reasons = sorted({layer["reason"] for layer in kept})
+    left = "; ".join(
+        f"{', '.join(la['layer'] for la in kept if la['reason'] == why)}: {why}" for why in reasons
+    )
+    return [row["model"], form, changed, *shares, left or "none"]

@@ -7,12 +7,13 @@ from typing import Any
 
 from tersor.report.forms import shown_forms
 from tersor.report.measurements import Form, Measurements, Network, read
+from tersor.report.words import form_title
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One dict per network and form, float first, for the closing table of a run and for --json.
 
-    Keys: data, model, variant, engine, scope, sparsity, recovery, accuracy (0 to 1 or None),
+    Keys: data, model, form (in words), variant, engine, scope, sparsity, recovery, accuracy (0 to 1 or None),
     num_samples, interval ({difference_pt, low_pt, high_pt, level} or None), size_bytes,
     compression_ratio (of the float file's bytes to these), timings: [{batch, threads, median_ms,
     p05_ms, p95_ms, repeats, ratio}]. None means not measured. Raises RunError for rows that cannot
@@ -40,6 +41,7 @@ def _lines(found: Measurements, network: Network) -> list[dict[str, Any]]:
             {
                 "data": network.data,
                 "model": network.model,
+                "form": form_title(form),
                 "variant": form.variant,
                 "engine": form.engine,
                 "scope": form.scope,

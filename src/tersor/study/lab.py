@@ -142,9 +142,19 @@ def _record_given_training(lab: Lab, model: str, weights: pathlib.Path) -> None:
 
 
 def measure_float(lab: Lab, model: str, module: nn.Module) -> Score:
-    """Accuracy and bytes of the float file on ONNX Runtime; the score every other row is compared with."""
+    """Accuracy and bytes of the float file on ONNX Runtime, the score every other row is compared with; and the
+    accuracy of eager PyTorch, whose time is the study's 100 %."""
+    score = _float_file(lab, model, module)
+    if lab.missing(kind="accuracy", model=model, variant="float", engine="torch"):
+        session = open_session(module, engine="torch", threads=lab.settings.threads)
+        eager = judge(lab, f"{model} float in eager PyTorch", session)
+        lab.record(model, accuracy_row("float", eager, score, None) | {"engine": session.engine})
+    return score
+
+
+def _float_file(lab: Lab, model: str, module: nn.Module) -> Score:
     kept = lab.work / f"{model}.float.npy"
-    key = {"kind": "accuracy", "model": model, "variant": "float"}
+    key = {"kind": "accuracy", "model": model, "variant": "float", "engine": "onnxruntime"}
     if not lab.missing(**key) and kept.exists():
         return Score(np.load(kept))
     lab.watch(f"{model} float: export", 0.0)
@@ -299,8 +309,27 @@ def measure_pruned(
         row |= {"scope": scope, "sparsity": sparsity, "recovery": state}
         if state == "finetune":
             row["recipe"] = recovery.to_dict()
+        if settings.time_pruned:
+            _time_pruned(lab, model, module, candidate, (scope, sparsity, state))
         lab.record(model, row)
     checkpoint.unlink(missing_ok=True)
+
+
+def _time_pruned(
+    lab: Lab, model: str, module: nn.Module, pruned: nn.Module, key: tuple[str, float, str]
+) -> None:
+    """Time a pruned form beside the eager float network, interleaved."""
+    threads, shape = lab.settings.threads, lab.splits.input_shape
+    sessions = {
+        "float": open_session(module, engine="torch", threads=threads),
+        "pruned": open_session(export_onnx(pruned, shape), threads=threads),
+    }
+    seconds = lab.settings.timing_seconds / 4
+    for batch in lab.settings.batches:
+        timings = time_sessions(sessions, shape, batch, seconds=seconds)
+        ratio = timings["pruned"].median_ms / timings["float"].median_ms
+        row = {"kind": "timing", "variant": "pruned", **timings["pruned"].to_dict(), "ratio": ratio}
+        lab.record(model, row | dict(zip(("scope", "sparsity", "recovery"), key, strict=True)))
 
 
 def _pruned_row(
@@ -335,7 +364,8 @@ def same_settings(lab: Lab) -> None:
         lab.journal.append({"kind": "run", "settings": asked})
         return
     before = found[0]["settings"]
-    different = [k for k in asked if _json(asked[k]) != _json(before.get(k))]
+    # A setting that the first run did not know had its default there.
+    different = [k for k in asked if k in before and _json(asked[k]) != _json(before[k])]
     if different:
         key = different[0]
         raise RunError(

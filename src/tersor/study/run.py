@@ -87,8 +87,8 @@ def _measure_all(lab: Lab, position: _Position) -> None:
         for batch in settings.batches:
             measure_timing(lab, model, modules[model], batch)
             position.done += 1
-    for scope in settings.scopes:
-        for model in settings.models:
-            for sparsity in settings.sparsities:
+    for sparsity in settings.sparsities:
+        for scope in settings.scopes:
+            for model in settings.models:
                 measure_pruned(lab, model, modules[model], scope, sparsity, originals[model])
                 position.done += 1

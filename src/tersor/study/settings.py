@@ -16,7 +16,8 @@ class StudySettings(Spec, kind="study"):
     network needs few small steps, and large ones only take it away from where it was.
     `accuracy_precision` is the arithmetic in which the pruned networks are judged: "float32" runs the
     written file on ONNX Runtime, "bf16" runs the module in torch, twice as fast where the processor has
-    bfloat16. Float and quantized forms always run from the file.
+    bfloat16. Float and quantized forms always run from the file. `time_pruned` times the pruned forms too: in a
+    dense engine a zero costs as much as any other number, so that the study leaves it out.
     """
 
     models: tuple[str, ...] = ("vgg16_bn", "resnet18")
@@ -35,6 +36,7 @@ class StudySettings(Spec, kind="study"):
     batches: tuple[int, ...] = (1, 64)
     threads: int = 2
     timing_seconds: float = 30.0
+    time_pruned: bool = False
     accuracy_precision: str = "float32"
     seed: int = 0
 
