@@ -237,3 +237,28 @@ def test_the_installed_command_answers_help_without_torch():
         "export",
     ):
         assert command in done.stdout
+
+
+def test_study_and_report_end_with_tables_and_a_page(home, capsys, tmp_path):
+    out = tmp_path / "study"
+    code, told, _ = run(
+        capsys, "study", "--data", "digits", "--out", out, "--models", "digits_net",
+        "--weights", f"digits_net={home / 'net.safetensors'}", "--sparsities", "0.5",
+        "--scopes", "global", "--finetune-epochs", "0.5", "--finetune-learning-rate", "0.01",
+        "--batch-size", "64", "--augment", "crop", "--num-calibration", "64", "--batches", "1",
+        "--threads", "1", "--timing-seconds", "0.2", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert {line["variant"] for line in told["summary"]} == {"float", "pruned", "static", "dynamic"}
+    for line in told["summary"]:
+        assert line["num_samples"] == 449
+    trained = [json.loads(row) for row in (out / "rows.jsonl").read_text().splitlines()]
+    recipe = next(row for row in trained if row["kind"] == "training")
+    assert recipe["epochs"] == 4  # told by the .json that `train` wrote beside the weights
+
+    markdown = tmp_path / "results.md"
+    code, _, captured = run(capsys, "report", out, "--markdown", markdown)
+    assert code == 0
+    assert "coverage: layers changed" in captured.out
+    assert captured.out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    assert "](study/figures/" in markdown.read_text()
