@@ -171,7 +171,13 @@ def quantize(
     size = write(quantized.graph, target, plan=quantized.plan, provenance=told)
     answer = _told(output, target, size, quantized.plan)
     shares = quantized.coverage.to_dict()
-    say(output, "covered: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+    macs, weights_covered = shares["macs_share"], shares["bytes_share"]
+    say(
+        output,
+        f"covered: {macs:.1%} of the multiplications, {weights_covered:.1%} of the weight bytes",
+    )
+    if size >= graph.ByteSize():
+        say(output, f"not smaller: the float graph has {graph.ByteSize():,} bytes")
     return {**answer, **shares}
 
 
