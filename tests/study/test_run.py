@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tersor.data import load_data
-from tersor.errors import RunError, SpecError, UnknownNameError
+from tersor.errors import MissingExtraError, RunError, SpecError, UnknownNameError
 from tersor.study.journal import read_rows
 from tersor.study.run import run_study
 from tersor.study.settings import StudySettings
@@ -152,6 +152,13 @@ def test_settings_that_cannot_mean_anything_are_refused(data, tmp_path):
         run_study(StudySettings(models=("resnet81",)), data, tmp_path)
     with pytest.raises(UnknownNameError, match="weights given for 'resnet18'"):
         run_study(SMALL, data, tmp_path, weights={"resnet18": "x"})
+
+
+def test_a_missing_extra_is_told_before_any_work(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"tersor\[report\]"):
+        run_study(SMALL, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 CHILD = """

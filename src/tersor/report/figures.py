@@ -54,12 +54,19 @@ def file_name(plot: Plot) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", plot.key).strip("-.") + ".svg"
 
 
-def draw(plot: Plot) -> str:
-    """`plot` as one SVG document. Raises MissingExtraError without matplotlib."""
+def require_matplotlib() -> None:
+    """Raise MissingExtraError without matplotlib: before long work, not at its end."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise missing_extra("matplotlib", "report", "drawing the figures of a report") from None
+
+
+def draw(plot: Plot) -> str:
+    """`plot` as one SVG document. Raises MissingExtraError without matplotlib."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     with _settings():
         height = 3.6 if plot.lines else 0.95 + _bars_height(plot)
         width = LINES_INCH if plot.lines else BARS_INCH

@@ -7,7 +7,7 @@ import pathlib
 from tersor.data.arrays import Splits
 from tersor.errors import RunError, UnknownNameError
 from tersor.models.load import MODELS
-from tersor.report import write_report
+from tersor.report import require_matplotlib, write_report
 from tersor.study.journal import Journal
 from tersor.study.lab import (
     Lab,
@@ -37,6 +37,7 @@ def run_study(
     checkpoint. Raises RunError when `out` cannot be used, belongs to other settings or is in use.
     """
     weights = dict(weights or {})
+    require_matplotlib()
     for name in settings.models:
         MODELS[name]
     if unknown := sorted(set(weights) - set(settings.models)):
