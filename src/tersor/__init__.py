@@ -8,7 +8,7 @@
     graph = tersor.export_onnx(pruned.module, data.input_shape)
     small = tersor.quantize(graph, tersor.Quantize(), data.batches(data.calibration, 64))
     tersor.write(small.graph, "digits.tersor", plan=small.plan)
-    session = tersor.load("digits.tersor").session()
+    session = tersor.open_session(tersor.load("digits.tersor"))
     print(tersor.evaluate(session, data).accuracy)
 
 Names are imported when they are first used, so that `import tersor` and running a file need no torch.
