@@ -6,24 +6,16 @@ import dataclasses as dc
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
+from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.measure import benchmark, evaluate, inspect
 from tersor.cli.output import Output, say, show_table, training_watch, watching
 from tersor.cli.studies import demo, report, study
 from tersor.errors import RunError, SpecError
 from tersor.specs import Finetune, Plan, Prune, Quantize
-
-Model = Annotated[
-    str, arg(metavar="MODEL", help="NAME | torchvision:NAME | FILE.py:FUNCTION | FILE.tersor")
-]
-Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
-Weights = Annotated[
-    str | None,
-    arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only"),
-]
 
 
 def train(

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
+from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, show_table, watching
 from tersor.errors import SpecError
-
-Model = Annotated[
-    str, arg(metavar="MODEL", help="NAME | torchvision:NAME | FILE.py:FUNCTION | FILE.tersor")
-]
-Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
-Weights = Annotated[
-    str | None,
-    arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only"),
-]
 
 
 def evaluate(

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from tersor.cli.arguments import Data
 from tersor.cli.output import Output, say, show_table, watching
 from tersor.errors import RunError, SpecError
 from tersor.study.settings import StudySettings
-
-Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
 
 DEMO = StudySettings(
     models=("digits_net",),
