@@ -90,8 +90,4 @@ def watching() -> Iterator[Watch]:
 
 def training_watch(watch: Watch, label: str) -> Callable[[TrainingProgress], None]:
     """Show a training's progress: epoch, loss, images a second and time left."""
-    return lambda p: watch(
-        f"{label}: epoch {p.epoch:.1f}, loss {p.loss:.3f}, {p.images_per_s:.0f} images/s, "
-        f"{p.left_s:.0f} s left",
-        p.step / p.num_steps,
-    )
+    return lambda p: watch(f"{label}: {p}", p.step / p.num_steps)

@@ -37,6 +37,10 @@ class Progress:
     images_per_s: float
     left_s: float
 
+    def __str__(self) -> str:
+        rate = f"{self.images_per_s:.0f} images/s, {self.left_s:.0f} s left"
+        return f"epoch {self.epoch:.1f}, loss {self.loss:.3f}, {rate}"
+
 
 @dc.dataclass(frozen=True)
 class Trained:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +17,8 @@ from tersor.report.words import clean
 TITLE = "Tersor: measured results"
 
 
-def compose(rows: Sequence[Mapping[str, Any]], *, brief: bool = False) -> Document:
-    """The report of `rows`, which stay as they are; `brief` holds what ends a run on a terminal.
-
-    Raises RunError for rows that cannot be read.
-    """
+def compose(rows: Sequence[Mapping[str, Any]]) -> Document:
+    """The report of `rows`, which stay as they are. Raises RunError for rows that cannot be read."""
     found = read(rows)
     footer = "Made by tersor report from rows.jsonl; change the rows, not this page."
     if any(network.family for network in found.networks):
@@ -34,12 +30,12 @@ def compose(rows: Sequence[Mapping[str, Any]], *, brief: bool = False) -> Docume
     if found.unknown_kinds:
         kinds = ", ".join(clean(kind) for kind in found.unknown_kinds)
         footer += f" Rows of a kind this version does not know are not shown: {kinds}."
-    sections = [*bar_sections(found), *pruning_sections(found), *form_sections(found)]
-    if brief:
-        # The first table of a section sums up the rest.
-        sections += [dc.replace(s, tables=s.tables[:1]) for s in coverage_sections(found)]
-    else:
-        sections += coverage_sections(found)
-        sections += training_sections(found)
-        sections += measurement_sections(found)
-    return Document(TITLE, highlights(found), conditions(found), tuple(sections), footer)
+    sections = (
+        *bar_sections(found),
+        *pruning_sections(found),
+        *form_sections(found),
+        *coverage_sections(found),
+        *training_sections(found),
+        *measurement_sections(found),
+    )
+    return Document(TITLE, highlights(found), conditions(found), sections, footer)

@@ -14,12 +14,9 @@ WIDTH = 100
 WIDEST_CELL = 56  # longer cells wrap, so that a recipe does not push the rest off the screen
 
 
-def text_tables(rows: list[dict[str, Any]], *, brief: bool = False) -> str:
-    """The tables as plain text without colours, all or the brief ones that end a run.
-
-    Raises RunError for rows that cannot be read.
-    """
-    return document_text(compose(rows, brief=brief))
+def text_tables(rows: list[dict[str, Any]]) -> str:
+    """The tables as plain text without colours. Raises RunError for rows that cannot be read."""
+    return document_text(compose(rows))
 
 
 def document_text(document: Document) -> str:

@@ -78,11 +78,7 @@ class Lab:
 
     def progress(self, label: str) -> Callable[[Progress], None]:
         """A training's progress as this study shows it."""
-        return lambda p: self.watch(
-            f"{label}: epoch {p.epoch:.1f}, loss {p.loss:.3f}, {p.images_per_s:.0f} images/s, "
-            f"{p.left_s:.0f} s left",
-            p.step / p.num_steps,
-        )
+        return lambda p: self.watch(f"{label}: {p}", p.step / p.num_steps)
 
 
 def float_module(lab: Lab, model: str) -> nn.Module:
@@ -236,7 +232,8 @@ def coverage_row(variant: str, plan: Plan, shares: dict[str, float]) -> dict[str
 
 def measure_timing(lab: Lab, model: str, module: nn.Module, batch: int) -> None:
     """Time eager float32, ONNX Runtime's float32 and each quantized form, interleaved in one run."""
-    if not lab.missing(kind="timing", model=model, batch=batch):
+    # Eager float32 is written last: where its row is there, all are; a kill before it repeats the whole.
+    if not lab.missing(kind="timing", model=model, batch=batch, variant="float", engine="torch"):
         return
     threads = lab.settings.threads
     graph = export_onnx(module, lab.splits.input_shape)
@@ -252,7 +249,6 @@ def measure_timing(lab: Lab, model: str, module: nn.Module, batch: int) -> None:
         sessions, lab.splits.input_shape, batch, seconds=lab.settings.timing_seconds
     )
     eager = timings["float/torch"].median_ms
-    # One append for all forms would be cleaner still; a kill between them repeats the whole, which is safe.
     for name, timing in reversed(timings.items()):
         ratio = timing.median_ms / eager
         row = {"kind": "timing", "variant": name.split("/")[0], **timing.to_dict(), "ratio": ratio}
