@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
 import importlib.metadata
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from torch import nn
 
 from tersor.artifact import Artifact, load, pack, save
@@ -19,6 +21,7 @@ from tersor.data.arrays import Splits
 from tersor.engines import Session, open_session
 from tersor.errors import ModelError, SpecError
 from tersor.graph.export import export_onnx
+from tersor.graph.fold import fold_copies_
 from tersor.methods import prune as pruning
 from tersor.methods import quantize as quantization
 from tersor.methods.finetune import Progress, Trained, finetune
@@ -38,12 +41,14 @@ class Subject:
     artifact: Artifact | None
     path: pathlib.Path | None = None
 
-    def graph(self, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+    def graph(
+        self, input_shape: tuple[int, int, int], *, fold_copies: bool = False
+    ) -> onnx.ModelProto:
         """The deployment graph for inputs (N, *input_shape)."""
         if self.artifact is not None:
             return self.artifact.to_onnx()
         assert self.module is not None, "a subject is a module or an artifact"
-        return export_onnx(self.module, input_shape)
+        return deployment_graph(self.module, input_shape, fold_copies=fold_copies)
 
     def need_module(self, purpose: str) -> nn.Module:
         """The module, or a ModelError that says why a file will not do."""
@@ -79,6 +84,17 @@ def resolve(
         if value is not None:
             raise SpecError(f"{flag} does not apply to {name}: the file holds its own weights")
     return Subject(name, None, load(name), pathlib.Path(name))
+
+
+def deployment_graph(
+    module: nn.Module, input_shape: tuple[int, int, int], *, fold_copies: bool = False
+) -> onnx.ModelProto:
+    """The graph of `module`; with `fold_copies` a linear layer that reads equal copies of each value
+    is folded first: the same function for this input shape, with fewer weights."""
+    if fold_copies:
+        module = copy.deepcopy(module)
+        fold_copies_(module, torch.zeros(2, *input_shape))
+    return export_onnx(module, input_shape)
 
 
 def input_shape_of(graph: onnx.ModelProto) -> tuple[int, int, int]:
@@ -152,12 +168,21 @@ def prune_model(
 def quantize_graph(
     graph: onnx.ModelProto, splits: Splits | None, spec: Quantize
 ) -> quantization.Quantized:
-    """Quantize a deployment graph; only static quantization reads calibration inputs."""
-    if spec.mode != "static":
+    """Quantize a deployment graph; calibration inputs are read where the request needs any."""
+    if not spec.needs_inputs:
         return quantization.quantize(graph, spec)
     if splits is None:
-        raise SpecError("static quantization needs calibration inputs; give --data")
+        raise SpecError(f"{needing_inputs(spec)} needs calibration inputs; give --data")
     return quantization.quantize(graph, spec, calibration_batches(splits, spec.num_calibration))
+
+
+def needing_inputs(spec: Quantize) -> str:
+    """What of a request reads calibration inputs, in words."""
+    if spec.mode in ("static", "qat"):
+        return f"mode {spec.mode}"
+    if spec.rounding != "nearest":
+        return f"rounding {spec.rounding}"
+    return "bias correction" if spec.bias_correction else "mixed precision"
 
 
 def write(

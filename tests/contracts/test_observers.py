@@ -17,8 +17,12 @@ batches = st.lists(
 )
 
 
-def watch(name, data):
-    observer = OBSERVERS[name]()
+# It forgets: its order is its meaning.
+IN_ORDER = {"moving_average"}
+
+
+def watch(name, data, **options):
+    observer = OBSERVERS[name](**options)
     for batch in data:
         observer.observe(batch)
     return observer.range()
@@ -26,25 +30,34 @@ def watch(name, data):
 
 @EVERY
 @settings(deadline=None, max_examples=50)
-@given(batches)
-def test_the_range_is_finite_holds_zero_and_stays_inside_what_was_seen(name, data):
-    low, high = watch(name, data)
+@given(batches, st.sampled_from([4, 16, 256]))
+def test_the_range_is_finite_holds_zero_and_stays_inside_what_was_seen(name, data, levels):
+    low, high = watch(name, data, levels=levels)
     assert np.isfinite(low) and np.isfinite(high)
     assert min(0.0, float(np.min(data))) <= low <= 0 <= high <= max(0.0, float(np.max(data)))
 
 
 @EVERY
+def test_the_default_is_eight_bits(name):
+    data = [np.random.default_rng(0).laplace(size=5000).astype(np.float32)]
+    assert watch(name, data) == watch(name, data, levels=256)
+
+
+@pytest.mark.parametrize("name", [n for n in OBSERVERS if n not in IN_ORDER])
 def test_the_order_of_batches_matters_little(name):
     rng = np.random.default_rng(0)
     data = [rng.normal(size=5000).astype(np.float32) * size for size in (1, 3, 0.2)]
-    assert watch(name, data) == pytest.approx(watch(name, data[::-1]), rel=0.05)
+    # A divergence hardly changes along many ranges: their noise decides.
+    allowed = 0.1 if name == "entropy" else 0.05
+    assert watch(name, data) == pytest.approx(watch(name, data[::-1]), rel=allowed)
 
 
 @EVERY
+@pytest.mark.parametrize("levels", [16, 256])
 @pytest.mark.parametrize("value, expected", [(0.0, (0, 0)), (2.5, (0, 2.5)), (-1.0, (-1, 0))])
-def test_constant_values_have_their_range(name, value, expected):
+def test_constant_values_have_their_range(name, value, expected, levels):
     data = [np.full((4, 5), value, np.float32)] * 2
-    assert watch(name, data) == pytest.approx(expected, rel=0.01)
+    assert watch(name, data, levels=levels) == pytest.approx(expected, rel=0.01)
 
 
 @EVERY

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tersor.errors import ModelError
+from tersor.errors import ModelError, SpecError
 from tersor.tensors.affine import choose_affine, choose_symmetric, dequantize, quantize
 
 TINY = float(np.finfo(np.float32).smallest_subnormal)
@@ -46,6 +46,54 @@ def test_the_error_inside_the_range_is_at_most_one_step(x):
     assert np.isfinite(back).all()
     error = np.abs(back.astype(np.float64) - x.astype(np.float64))
     assert (error <= 1.001 * float(scale)).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(values, values, st.integers(2, 8), st.booleans())
+def test_few_bits_cover_the_range_and_zero_exactly(a, b, bits, symmetric):
+    low, high = min(a, b, 0.0), max(a, b, 0.0)
+    scale, zero_point = choose_affine(low, high, bits, symmetric)
+    assert scale.dtype == np.float32 and zero_point.dtype == np.uint8
+    assert np.isfinite(scale) and scale > 0 and 0 <= zero_point <= 2**bits - 1
+    codes = np.arange(2**bits, dtype=np.uint8)
+    represented = dequantize(codes, scale, zero_point).astype(np.float64)
+    assert np.isfinite(represented).all() and 0 in represented
+    if symmetric:
+        assert zero_point == 2 ** (bits - 1)
+        assert np.array_equal(represented[1:], -represented[:0:-1])
+    # Half a step is lost where the zero point was rounded, and 2^127 itself at 2 bits.
+    reach = 0.501 * float(scale)
+    assert represented[0] <= max(low, -HUGE) + reach
+    assert represented[-1] >= min(high, HUGE / 2 if symmetric else HUGE) - reach
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_symmetric_codes_reach_the_larger_end_to_both_sides(bits):
+    steps = 2 ** (bits - 1) - 1
+    assert choose_affine(-1.0, 6.0, bits, True) == (np.float32(6 / steps), steps + 1)
+    assert choose_affine(-6.0, 1.0, bits, True) == (np.float32(6 / steps), steps + 1)
+    assert choose_affine(0.0, 0.0, bits, True) == (1.0, steps + 1)
+    assert choose_affine(0.0, 0.0, bits) == (1.0, 0)
+    assert choose_affine(-1.0, 2.0, bits) == (
+        np.float32(3 / (2**bits - 1)),
+        round((2**bits - 1) / 3),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(values, values)
+def test_eight_bits_are_what_they_were(a, b):
+    """The formula of the first release, typed again: files written then keep their meaning."""
+    low, high = max(min(a, b, 0.0), -HUGE), min(max(a, b, 0.0), HUGE)
+    scale = np.float32(max((high - low) / 255, float(np.finfo(np.float32).tiny)))
+    expected = (scale, np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255)))
+    assert choose_affine(min(a, b), max(a, b)) == ((1.0, 0) if low == high else expected)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0])
+def test_impossible_bits_are_refused(bits):
+    with pytest.raises(SpecError, match=f"2 to 8 bits, got {bits}"):
+        choose_affine(0.0, 1.0, bits)
 
 
 @settings(deadline=None, max_examples=60)

@@ -2,17 +2,49 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.tensors.affine import choose_affine, dequantize, quantize
-from tersor.tensors.observers import Histogram, MinMax, Percentile
+from tersor.tensors.observers import (
+    Entropy,
+    Histogram,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    SquaredError,
+)
+
+SHAPES = ("laplace", "normal", "uniform", "relu", "one_sided")
 
 
-def squared_error(values, low, high):
-    scale, zero_point = choose_affine(low, high)
-    back = dequantize(quantize(values, scale, zero_point, dtype=np.uint8), scale, zero_point)
+def samples(shape):
+    rng = np.random.default_rng(1)
+    return {
+        "laplace": rng.laplace(size=50_000),
+        "normal": rng.normal(2, 1, size=50_000),
+        "uniform": rng.uniform(-1, 3, size=50_000),
+        "relu": np.maximum(rng.normal(size=50_000), 0),
+        "one_sided": -rng.exponential(size=50_000),
+    }[shape].astype(np.float32)
+
+
+def squared_error(values, low, high, bits=8):
+    scale, zero_point = choose_affine(low, high, bits)
+    codes = np.minimum(quantize(values, scale, zero_point, dtype=np.uint8), 2**bits - 1)
+    back = dequantize(codes, scale, zero_point)
     return float(((back.astype(np.float64) - values) ** 2).mean())
+
+
+def least_error(values, bits=8):
+    """Of the codes of many ranges on the values themselves."""
+    return min(
+        squared_error(values, float(values.min()) * a, float(values.max()) * b, bits)
+        for a in np.linspace(0.1, 1, 19)
+        for b in np.linspace(0.1, 1, 19)
+        if min(values.min() * a, 0) < max(values.max() * b, 0)
+    )
 
 
 def watch(observer, *batches):
@@ -54,24 +86,77 @@ def test_the_histogram_cuts_an_outlier_that_costs_more_than_it_is_worth():
     )
 
 
-@pytest.mark.parametrize("shape", ["laplace", "normal", "uniform", "relu", "one_sided"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_histogram_is_close_to_the_best_of_all_ranges(shape):
-    rng = np.random.default_rng(1)
-    values = {
-        "laplace": rng.laplace(size=50_000),
-        "normal": rng.normal(2, 1, size=50_000),
-        "uniform": rng.uniform(-1, 3, size=50_000),
-        "relu": np.maximum(rng.normal(size=50_000), 0),
-        "one_sided": -rng.exponential(size=50_000),
-    }[shape].astype(np.float32)
+    values = samples(shape)
     low, high = watch(Histogram(), values)
-    best = min(
-        squared_error(values, float(values.min()) * a, float(values.max()) * b)
-        for a in np.linspace(0.2, 1, 17)
-        for b in np.linspace(0.2, 1, 17)
-        if values.min() * a <= values.max() * b
-    )
-    assert squared_error(values, low, high) <= 1.05 * best
+    assert squared_error(values, low, high) <= 1.05 * least_error(values)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_exact_error_is_close_to_the_best_of_all_ranges_at_any_bits(shape, bits):
+    values = samples(shape)
+    low, high = watch(SquaredError(levels=2**bits), *np.split(values, 5))
+    assert squared_error(values, low, high, bits) <= 1.05 * least_error(values, bits)
+
+
+@pytest.mark.parametrize("observer", [Histogram, SquaredError, Entropy])
+def test_fewer_levels_cover_a_smaller_range(observer):
+    values = samples("laplace")
+    widths = []
+    for bits in (2, 4, 8):
+        low, high = watch(observer(levels=2**bits), values)
+        widths.append(high - low)
+    assert widths == sorted(widths) and widths[0] < 0.7 * widths[2]
+
+
+def divergence(histogram, low, high, levels):
+    """The definition, bin by bin; the sum itself is SciPy's."""
+    step = (high - low) / (levels - 1)
+    zero_point = round(-low / step)
+    inside, shared = {}, {}
+    below = above = 0
+    for centre, count in zip(histogram.centres.tolist(), histogram.bins.tolist(), strict=True):
+        if not count:
+            continue
+        if centre < low:
+            below += count
+        elif centre > high:
+            above += count
+        else:
+            code = min(max(round(centre / step) + zero_point, 0), levels - 1)
+            inside[centre] = (count, code)
+            shared.setdefault(code, []).append(count)
+    if not inside:
+        return np.inf
+    p = [count for count, _ in inside.values()]
+    p[0] += below
+    p[-1] += above
+    q = [np.mean(shared[code]) for _, code in inside.values()]
+    return float(scipy.stats.entropy(p, q))
+
+
+@pytest.mark.parametrize("levels", [16, 256])
+@pytest.mark.parametrize("shape", ["laplace", "relu", "normal"])
+def test_the_entropy_observer_minimises_the_divergence(shape, levels):
+    observer = Entropy(levels=levels)
+    low, high = watch(observer, samples(shape))
+    seen = observer.histogram
+    found = divergence(seen, low, high, levels)
+    assert found <= divergence(seen, seen.low, seen.high, levels)
+    for share in np.arange(10, 129, 13) / 128:
+        common = divergence(seen, seen.low * share, seen.high * share, levels)
+        one_end = divergence(seen, low, seen.high * share, levels)
+        assert found <= min(common, one_end) * (1 + 1e-9)
+
+
+def test_the_moving_average_follows_its_formula():
+    batches = [np.array([-i, 2.0 * i], np.float32) for i in (1, 5, 2)]
+    low, high = watch(MovingAverage(), *batches)
+    assert high == pytest.approx(0.9 * (0.9 * 2 + 0.1 * 10) + 0.1 * 4)
+    assert low == pytest.approx(-high / 2)
+    assert watch(MovingAverage(), *batches[::-1]) != (low, high)
 
 
 def test_zeros_of_a_relu_do_not_pull_the_range():

@@ -22,7 +22,7 @@ FLAGS = (
     "i8mm",
     "bf16",
 )
-PACKAGES = ("tersor", "torch", "torchvision", "onnxruntime", "numpy")
+PACKAGES = ("tersor", "torch", "torchvision", "onnxruntime", "openvino", "numpy")
 
 
 def environment() -> dict[str, Any]:

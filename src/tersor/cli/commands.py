@@ -12,10 +12,13 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.measure import benchmark, evaluate, inspect
-from tersor.cli.output import Output, say, show_table, training_watch, watching
+from tersor.cli.output import Output, say, training_watch, watching
+from tersor.cli.quantization import quantize
+from tersor.cli.sensitivity import sensitivity
 from tersor.cli.studies import demo, report, study
-from tersor.errors import RunError, SpecError
-from tersor.specs import Finetune, Plan, Prune, Quantize
+from tersor.cli.targets import told, writable
+from tersor.errors import SpecError
+from tersor.specs import Finetune, Prune
 
 
 def train(
@@ -39,7 +42,7 @@ def train(
     from tersor.methods.finetune import finetune, training_accuracy
     from tersor.models import load_model, save_weights
 
-    target = _writable(out, ".safetensors")
+    target = writable(out, ".safetensors")
     module = load_model(model, weights=weights, num_classes=num_classes, seed=recipe.seed)
     splits = load_data(data)
     checkpoint = target.with_suffix(".checkpoint")
@@ -105,8 +108,8 @@ def prune(
     from tersor.models import save_weights as save_state
     from tersor.pipeline import prune_model, resolve, write
 
-    target = _writable(out, ".tersor")
-    kept = None if save_weights is None else _writable(save_weights, ".safetensors")
+    target = writable(out, ".tersor")
+    kept = None if save_weights is None else writable(save_weights, ".safetensors")
     subject = resolve(model, weights=weights, num_classes=num_classes, seed=seed)
     module = subject.need_module("pruning")
     splits = load_data(data)
@@ -127,50 +130,7 @@ def prune(
     size = write(graph, target, plan=pruned.plan, provenance={"data": splits.name, "model": model})
     if kept is not None:
         save_state(pruned.module, kept)
-    return _told(output, target, size, pruned.plan)
-
-
-def quantize(
-    model: Positional[Model],
-    /,
-    *,
-    out: str,
-    data: Data | None = None,
-    weights: Weights = None,
-    num_classes: int | None = None,
-    input_shape: tuple[int, int, int] | None = None,
-    request: Quantize = Quantize(),  # noqa: B008
-    output: Output = Output(),  # noqa: B008
-) -> dict[str, Any]:
-    """Quantize a network or a .tersor file to 8-bit integers and write it as a .tersor file.
-
-    Args:
-        out: the file to write (.tersor)
-        data: calibration inputs (labels are not used); static quantization needs them
-        input_shape: channels height width, where there is no data to tell
-    """
-    from tersor.data import load_data
-    from tersor.pipeline import quantize_graph, resolve, write
-
-    target = _writable(out, ".tersor")
-    subject = resolve(model, weights=weights, num_classes=num_classes)
-    if data is None and request.mode == "static":
-        raise SpecError("static quantization needs calibration inputs; give --data")
-    splits = None if data is None else load_data(data, num_calibration=request.num_calibration)
-    graph = subject.graph(_shape(subject.artifact is not None, splits, input_shape))
-    quantized = quantize_graph(graph, splits, request)
-    told = {"model": model, "data": None if splits is None else splits.name}
-    size = write(quantized.graph, target, plan=quantized.plan, provenance=told)
-    answer = _told(output, target, size, quantized.plan)
-    shares = quantized.coverage.to_dict()
-    macs, weights_covered = shares["macs_share"], shares["bytes_share"]
-    say(
-        output,
-        f"covered: {macs:.1%} of the multiplications, {weights_covered:.1%} of the weight bytes",
-    )
-    if size >= graph.ByteSize():
-        say(output, f"not smaller: the float graph has {graph.ByteSize():,} bytes")
-    return {**answer, **shares}
+    return told(output, target, size, pruned.plan)
 
 
 def export(
@@ -196,7 +156,7 @@ def export(
 
     if to not in ("onnx", "tersor"):
         raise SpecError(f"--to must be onnx or tersor, got {to!r}")
-    target = _writable(out, f".{to}")
+    target = writable(out, f".{to}")
     graph = resolve(model, weights=weights, num_classes=num_classes).graph(input_shape)
     if to == "tersor":
         size = write(graph, target, provenance={"model": model})
@@ -208,48 +168,13 @@ def export(
     return {"out": str(target), "size_bytes": size, "to": to}
 
 
-def _told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[str, Any]:
-    """Print the coverage table and the file; return both."""
-    layers = [{k: v for k, v in d.to_dict().items() if k != "kind"} for d in plan.layers]
-    columns = ("layer", "action", "bits", "sparsity", "reason")
-    show_table(output, "coverage", columns, [[layer[c] for c in columns] for layer in layers])
-    say(output, f"wrote {target}, {size:,} bytes")
-    return {"out": str(target), "size_bytes": size, "layers": layers}
-
-
-def _shape(
-    is_file: bool, splits: Any, input_shape: tuple[int, int, int] | None
-) -> tuple[int, int, int]:
-    if input_shape is not None or splits is not None:
-        return input_shape or splits.input_shape
-    if is_file:
-        return (0, 0, 0)  # the file's graph knows its own shape
-    raise SpecError("the input's shape is not known; give --data, or --input-shape C H W")
-
-
-def _writable(path: str, suffix: str) -> pathlib.Path:
-    """The target, checked before any work is done: its ending, its directory, and that it can be written."""
-    target = pathlib.Path(path)
-    if target.suffix != suffix:
-        raise SpecError(f"--out {path}: expected a name that ends in {suffix}")
-    if target.is_dir():
-        raise RunError(f"{target} is a directory; name a file")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.with_name(f".{target.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"{target} cannot be written: {error.strerror or error}") from None
-    return target
-
-
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
     "prune": prune,
     "quantize": quantize,
+    "sensitivity": sensitivity,
     "benchmark": benchmark,
     "inspect": inspect,
     "export": export,

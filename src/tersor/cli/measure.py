@@ -11,6 +11,8 @@ from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, show_table, watching
 from tersor.errors import SpecError
 
+AGREEMENT_IMAGES = 256  # to compare engines on
+
 
 def evaluate(
     model: Positional[Model],
@@ -97,15 +99,17 @@ def benchmark(
     threads: int | None = None,
     input_shape: tuple[int, int, int] = (3, 32, 32),
     seconds: float = 10.0,
+    data: Data | None = None,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
     """Time a network or a .tersor file on this machine's engines, interleaved in one run.
 
     Args:
-        original: another model timed in the same run, for a ratio
-        engine: onnxruntime, torch (a network only)
+        original: another model timed in the same run, for a ratio (with engine auto: the float one)
+        engine: onnxruntime, openvino, torch (a network only); auto: every engine that computes the right function
         input_shape: channels height width of one input (a .tersor file knows its own)
         seconds: time spent on each batch size
+        data: engine auto: calibration inputs to compare the engines on (default: noise)
     """
     from tersor.bench.environment import environment
     from tersor.bench.timing import time_sessions
@@ -119,6 +123,12 @@ def benchmark(
     for subject in subjects:
         if subject.artifact is not None:
             input_shape = input_shape_of(subject.artifact.to_onnx())
+    if "auto" in engine:
+        if len(engine) > 1:
+            raise SpecError(f"--engine auto tries every engine; leave out {_others(engine)}")
+        return _benchmark_auto(subjects, input_shape, batch, threads, seconds, data, output)
+    if data is not None:
+        raise SpecError("--data does nothing without --engine auto: time does not depend on it")
     sessions = {}
     for subject in subjects:
         for name in engine:
@@ -136,7 +146,68 @@ def benchmark(
     around = environment()
     columns = ("model", "engine", "batch", "threads", "median_ms", "p05_ms", "p95_ms", "repeats")
     show_table(output, f"on {around['cpu']}", columns, [[r[c] for c in columns] for r in rows])
-    return {"timings": rows, "environment": around}
+    return {"timings": rows, "environment": around, "choice": None}
+
+
+def _others(engines: tuple[str, ...]) -> str:
+    return ", ".join(name for name in engines if name != "auto")
+
+
+def _benchmark_auto(
+    subjects: list[Any],
+    input_shape: tuple[int, int, int],
+    batch: tuple[int, ...],
+    threads: int | None,
+    seconds: float,
+    data: str | None,
+    output: Output,
+) -> dict[str, Any]:
+    """The fastest right engine at each batch size; the second subject is the float model."""
+    from tersor.bench.choice import FLOAT
+    from tersor.bench.choose import choose_engine
+    from tersor.bench.environment import environment
+
+    graphs = [subject.graph(input_shape) for subject in subjects]
+    names = {subjects[0].name: subjects[0].name, FLOAT: subjects[-1].name}
+    around = environment()
+    rows, choices = [], []
+    for size in batch:
+        inputs, what = _inputs(data, input_shape, size)
+        choice = choose_engine(
+            {subjects[0].name: graphs[0]},
+            inputs,
+            float_graph=graphs[1] if len(graphs) > 1 else None,
+            batch=size,
+            threads=threads,
+            seconds=seconds,
+            inputs_are=what,
+        )
+        choices.append(choice.to_dict())
+        rows += [
+            {"model": names[c.model], **c.timing.to_dict()}
+            for c in choice.candidates
+            if c.timing is not None
+        ]
+        title = f"batch {size}, agreement on {choice.inputs}, on {around['cpu']}"
+        show_table(output, title, choice.COLUMNS, choice.rows())
+        say(output, choice.verdict())
+    return {"timings": rows, "environment": around, "choice": choices}
+
+
+def _inputs(data: str | None, input_shape: tuple[int, int, int], batch: int) -> tuple[Any, str]:
+    """Images to compare engines on, a batch at least where there are as many, and what they are."""
+    import numpy as np
+
+    count = max(AGREEMENT_IMAGES, batch)
+    if data is None:
+        noise = np.random.default_rng(0).standard_normal((count, *input_shape))
+        return noise.astype(np.float32), "seeded noise images (give --data for real ones)"
+    from tersor.data import load_data
+
+    splits = load_data(data)
+    count = min(count, len(splits.calibration))
+    part = splits.calibration.take(np.arange(count))
+    return splits.normalise(part.images), f"calibration inputs of {splits.name}"
 
 
 def inspect(

@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from tersor.errors import EngineError, SpecError
 from tersor.registry import Registry
 
 FloatArray = npt.NDArray[np.float32]
+LARGEST_BYTES = 2**31 - 1  # protobuf's limit, and so that of a graph held in memory
 
 
 class Session(Protocol):
@@ -30,12 +32,13 @@ ENGINES: Registry[Callable[[Any, int], Session]] = Registry("engine")
 
 
 def open_session(model: Any, *, engine: str = "onnxruntime", threads: int | None = None) -> Session:
-    """A session of `model`: an onnx.ModelProto or an Artifact for "onnxruntime", a torch.nn.Module
-    for "torch".
+    """A session of `model`: an onnx.ModelProto or an Artifact for "onnxruntime", "openvino" and
+    "simulation", a torch.nn.Module for "torch".
 
     `threads` is the number of CPU threads of one run; by default all that this process may use.
     Raises UnknownNameError for an engine nobody registered, SpecError for `threads` below 1,
-    EngineError for a model that the engine does not take.
+    EngineError for a model that the engine does not take, MissingExtraError for an engine whose
+    library is not installed.
     """
     build = ENGINES[engine]
     if threads is None:
@@ -76,3 +79,38 @@ def checked_batch(batch: Any, expected: tuple[int | None, ...], engine: str) -> 
     if len(batch) == 0:
         raise EngineError(f"{engine}: the batch is empty {batch.shape}; give one image at least")
     return np.ascontiguousarray(batch)
+
+
+def graph_of(model: Any, engine: str) -> onnx.ModelProto:
+    """The graph in `model`: an onnx.ModelProto, or anything whose `to_onnx()` gives one.
+
+    Raises EngineError for another kind of model, and for a graph without exactly one output.
+    """
+    graph = model.to_onnx() if callable(getattr(model, "to_onnx", None)) else model
+    if not isinstance(graph, onnx.ModelProto):
+        raise EngineError(
+            f"{engine} runs an onnx.ModelProto or an Artifact, got {type(model).__name__}; "
+            "make a graph of a module with tersor.graph.export_onnx(module, input_shape)"
+        )
+    if len(graph.graph.output) != 1:
+        raise EngineError(
+            f"{engine}: the graph has {len(graph.graph.output)} outputs; expected one, the logits"
+        )
+    return graph
+
+
+def serialized(graph: onnx.ModelProto, engine: str) -> bytes:
+    """`graph` as the bytes an engine reads. Raises EngineError for more than LARGEST_BYTES."""
+    size = graph.ByteSize()
+    if size > LARGEST_BYTES:
+        raise EngineError(
+            f"{engine}: the graph has {size} bytes; graphs in memory end at {LARGEST_BYTES}; "
+            "quantize it"
+        )
+    return bytes(graph.SerializeToString())
+
+
+def first_line(error: Exception) -> str:
+    """What a library says first, without the lines that speak of its own sources."""
+    lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]
+    return (lines or [type(error).__name__])[0].strip()[:300]

@@ -12,10 +12,15 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from tersor.engines.load import ENGINES, FloatArray, checked_batch
+from tersor.engines.load import (
+    ENGINES,
+    FloatArray,
+    checked_batch,
+    first_line,
+    graph_of,
+    serialized,
+)
 from tersor.errors import EngineError
-
-LARGEST_BYTES = 2**31 - 1  # protobuf's limit, and so that of a graph held in memory
 
 
 @ENGINES.register("onnxruntime")
@@ -23,24 +28,22 @@ class OnnxRuntimeSession:
     """A session of an onnx.ModelProto, or of anything whose `to_onnx()` gives one."""
 
     engine = "onnxruntime"
+    may_be_chosen = True
 
     def __init__(self, model: Any, threads: int) -> None:
-        graph = _graph_of(model)
-        if len(graph.graph.output) != 1:
-            raise EngineError(
-                f"onnxruntime: the graph has {len(graph.graph.output)} outputs; expected one, "
-                "the logits"
-            )
         self.threads = threads
-        self._session = inference_session(graph, threads)
+        self._session = self._opened(graph_of(model, self.engine))
         found = self._session.get_inputs()
         if len(found) != 1 or found[0].type != "tensor(float)":
             raise EngineError(
-                f"onnxruntime: the graph's inputs are {[(i.name, i.type) for i in found]}; "
+                f"{self.engine}: the graph's inputs are {[(i.name, i.type) for i in found]}; "
                 "expected one, of float32 images"
             )
         self._name = found[0].name
         self._shape = tuple(d if isinstance(d, int) else None for d in found[0].shape)
+
+    def _opened(self, graph: onnx.ModelProto) -> Any:
+        return inference_session(graph, self.threads)
 
     def run(self, batch: FloatArray) -> FloatArray:
         """Logits (N, classes) float32 of images (N, C, H, W) float32."""
@@ -49,7 +52,7 @@ class OnnxRuntimeSession:
             (logits,) = self._session.run(None, {self._name: inputs})
         except Exception as error:  # the library's exceptions have no common class
             raise EngineError(
-                f"onnxruntime: running the graph failed: {_first_line(error)}"
+                f"{self.engine}: running the graph failed: {first_line(error)}"
             ) from None
         return np.asarray(logits, np.float32)
 
@@ -69,33 +72,11 @@ def inference_session(graph: onnx.ModelProto, threads: int, *, optimize: bool = 
     if _only_weights_quantized(graph):
         # Else the weights would be dequantized again in every run.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    size = graph.ByteSize()
-    if size > LARGEST_BYTES:
-        raise EngineError(
-            f"onnxruntime: the graph has {size} bytes; graphs in memory end at {LARGEST_BYTES}; "
-            "quantize it"
-        )
+    model = serialized(graph, "onnxruntime")
     try:
-        return onnxruntime.InferenceSession(
-            graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's exceptions have no common class
-        raise EngineError(
-            f"onnxruntime: the graph cannot be loaded: {_first_line(error)}"
-        ) from None
-
-
-def _graph_of(model: Any) -> onnx.ModelProto:
-    if isinstance(model, onnx.ModelProto):
-        return model
-    if callable(getattr(model, "to_onnx", None)):
-        graph = model.to_onnx()
-        assert isinstance(graph, onnx.ModelProto)
-        return graph
-    raise EngineError(
-        f"onnxruntime runs an onnx.ModelProto or an Artifact, got {type(model).__name__}; "
-        "make a graph of a module with tersor.graph.export_onnx(module, input_shape)"
-    )
+        raise EngineError(f"onnxruntime: the graph cannot be loaded: {first_line(error)}") from None
 
 
 def _only_weights_quantized(graph: onnx.ModelProto) -> bool:
@@ -118,7 +99,3 @@ def _sums_saturate() -> bool:
     except OSError:
         return True
     return re.search(r"\b(avx512_?vnni|avx_vnni)\b", flags) is None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

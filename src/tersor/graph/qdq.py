@@ -1,14 +1,15 @@
 """Quantized forms of an ONNX graph: QuantizeLinear/DequantizeLinear pairs, integer products,
-integer weights.
+coded weights.
 
 All functions build a new graph and leave the given one untouched. The codes of a weight are called
-`NAME_quantized`, beside `NAME_scale` and `NAME_zero_point`, in the shape and order of the original.
+`NAME_quantized`, beside `NAME_scale`, `NAME_zero_point` and, where the levels are no whole numbers,
+`NAME_levels`; they have the shape and order of the original weight.
 """
 
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,104 +18,100 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from tersor.graph.layers import GraphLayer
-from tersor.tensors.affine import SMALLEST_SCALE, choose_affine, choose_symmetric, quantize
+from tersor.graph.marking import Activations
+from tersor.tensors.affine import SMALLEST_SCALE, quantize
+from tersor.tensors.grids import Grid
 
 Array = npt.NDArray[Any]
-# Operators that compute on codes where their inputs are codes, with a range of their own.
-ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
-# Operators that only move values: input and output share one range.
-MOVING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Expand", "Squeeze", "Unsqueeze")
-# Operators that the engine merges into the layer before them.
-MERGED = ("Relu", "Clip")
+FloatArray = npt.NDArray[np.float32]
+# Scale and zero point of the codes of an activation.
+Affine = tuple[np.float32, np.uint8]
 
 
-@dc.dataclass(frozen=True)
-class Activations:
-    """Values of a graph that get codes. `root` maps each to the value whose range it shares."""
+@dc.dataclass(frozen=True, eq=False)
+class WeightCodes:
+    """The codes of one layer's weight: `indexes` (O, K) uint8 into the levels of `grid`, K the
+    weights of one output channel in C order."""
 
-    root: dict[str, str]
+    layer: GraphLayer
+    grid: Grid
+    indexes: Array
+    shape: tuple[int, ...]
 
-    @property
-    def observed(self) -> list[str]:
-        """The values whose ranges must be known, in the order of the graph."""
-        return list(dict.fromkeys(self.root.values()))
+    def values(self) -> FloatArray:
+        """The weight that these codes stand for, in its own shape, float32."""
+        return self.shaped(self.grid.decode(self.indexes))
+
+    def shaped(self, matrix: Array) -> Array:
+        """`matrix` (O, K) in the weight's own shape and order."""
+        return as_weight(matrix, self.shape, self.layer.axis)
 
 
-def activations_to_quantize(graph: onnx.ModelProto, layers: Collection[GraphLayer]) -> Activations:
-    """Which values get codes, so that the nodes of `layers`, and what lies between them, run on
-    integers."""
-    return _Marking(graph, layers).run()
+def as_matrix(weight: Array, axis: int) -> Array:
+    """A copy of `weight`, any shape, as (O, K): the output channels of `axis` first, the rest in C
+    order."""
+    first = np.moveaxis(weight, axis, 0)
+    return np.array(first.reshape(first.shape[0], -1), order="C")
 
 
-class _Marking:
-    """One walk over the nodes in order; a value is marked with all that share its range."""
+def as_weight(matrix: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """The inverse of `as_matrix` for a weight of `shape`."""
+    axis %= len(shape)
+    first = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    return np.ascontiguousarray(np.moveaxis(matrix.reshape(first), 0, axis))
 
-    def __init__(self, graph: onnx.ModelProto, layers: Collection[GraphLayer]) -> None:
-        self.nodes = list(graph.graph.node)
-        self.chosen = {index for layer in layers for index in layer.nodes}
-        self.constants = {i.name for i in graph.graph.initializer}
-        self.outputs = {o.name for o in graph.graph.output}
-        self.made_by = {name: node for node in self.nodes for name in node.output}
-        self.readers: dict[str, list[NodeProto]] = {}
-        for node in self.nodes:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-        self.root: dict[str, str] = {}
-        self.integer: set[str] = set()
 
-    def run(self) -> Activations:
-        for index, node in enumerate(self.nodes):
-            if index in self.chosen:
-                self._mark(node.input[0])
-                end = self._after_merging(node)
-                self.integer.add(end)
-                if (
-                    node.op_type == "Conv"
-                ):  # a matrix product may end in float, a convolution may not
-                    self._mark(end)
-            elif node.op_type in ARITHMETIC and self._on_integers(node):
-                for name in node.input:
-                    self._mark(name)
-                end = self._after_merging(node)
-                self.integer.add(end)
-                self._mark(end)
-            elif node.op_type in MOVING and node.input[0] in self.integer:
-                self.integer.add(node.output[0])
-                if node.input[0] in self.root:
-                    self._mark(node.output[0])
-        order = dict.fromkeys(n for node in self.nodes for n in (*node.input, *node.output))
-        return Activations({name: self.root[name] for name in order if name in self.root})
+def smallest_weight_scale(
+    graph: onnx.ModelProto, layer: GraphLayer, input_scales: Sequence[np.float32]
+) -> Array:
+    """The least weight scale, () or (O,), at which the layer's bias, stored at input scale * weight
+    scale, fits int32. `input_scales` has one entry a node of the layer."""
+    held = {i.name: i for i in graph.graph.initializer}
+    least: Array = np.zeros(1, np.float64)
+    for index, input_scale in zip(layer.nodes, input_scales, strict=True):
+        node = graph.graph.node[index]
+        found = held.get(node.input[2]) if len(node.input) > 2 else None
+        bias = np.zeros(1, np.float32) if found is None else numpy_helper.to_array(found)
+        needed = (np.abs(bias) / 2.0**30 + SMALLEST_SCALE) / float(input_scale)
+        # one weight for several inputs and biases
+        least = np.maximum(least, needed if len(layer.nodes) == 1 else needed.max())
+    return np.asarray(least if least.size > 1 else least[0], np.float32)
 
-    def _on_integers(self, node: NodeProto) -> bool:
-        no_constant = not self.constants.intersection(node.input)
-        return no_constant and any(name in self.integer for name in node.input)
 
-    def _after_merging(self, node: NodeProto) -> str:
-        name = str(node.output[0])
-        readers = self.readers.get(name, [])
-        alone = len(readers) == 1 and name not in self.outputs
-        return str(readers[0].output[0] if alone and readers[0].op_type in MERGED else name)
-
-    def _mark(self, name: str) -> str:
-        if name not in self.root:
-            node = self.made_by.get(name)
-            moved = node is not None and node.op_type in MOVING
-            self.root[name] = self._mark(node.input[0]) if node is not None and moved else name
-        return self.root[name]
+def shifted_biases(
+    graph: onnx.ModelProto, layers: Sequence[GraphLayer], shifts: Mapping[str, Array]
+) -> onnx.ModelProto:
+    """The graph with `shifts` (layer name -> (O,)) taken from the biases of `layers`; a convolution
+    or Gemm without a bias gets one. A MatMul has no place for one and stays as it is."""
+    build, nodes = _Rewriting(graph), graph.graph.node
+    chosen = {index: layer for layer in layers for index in layer.nodes}
+    for index, original in enumerate(nodes):
+        node = build.copy(original)
+        if index in chosen and node.op_type != "MatMul":
+            layer = chosen[index]
+            held = build.originals.get(node.input[2]) if len(node.input) > 2 else None
+            bias = 0.0 if held is None else numpy_helper.to_array(held)
+            name = f"{layer.name}.bias" if held is None else held.name
+            if len({other.name for i, other in chosen.items() if name in nodes[i].input}) > 1:
+                name = f"{layer.name}.shifted_bias"
+            shift = np.asarray(shifts[layer.name], np.float64)
+            build.add(name, (bias - shift).astype(np.float32))
+            node.input[:] = [*node.input[:2], name]
+        build.nodes.append(node)
+    return build.finish(set())
 
 
 def static_graph(
     graph: onnx.ModelProto,
-    layers: Collection[GraphLayer],
+    weights: Sequence[WeightCodes],
     activations: Activations,
-    ranges: Mapping[str, tuple[float, float]],
-    granularity: str,
+    codes: Mapping[str, Affine],
+    activation_bits: int = 8,
 ) -> onnx.ModelProto:
-    """The graph with uint8 codes for `activations` (by `ranges` of their roots), int8 for the
-    weights of `layers` and int32 for their biases."""
-    build = _Rewriting(graph)
-    codes = {root: choose_affine(*ranges[root]) for root in activations.observed}
-    chosen = {index: layer for layer in layers for index in layer.nodes}
+    """The graph with uint8 codes for `activations` (by `codes` of their roots), int8 for `weights`
+    and int32 for their biases."""
+    build = _Rewriting(graph, activation_bits)
+    chosen = {index: each for each in weights for index in each.layer.nodes}
     outputs = {o.name for o in graph.graph.output}
     for name in activations.root:
         if name in {i.name for i in graph.graph.input}:
@@ -123,7 +120,7 @@ def static_graph(
         node = build.copy(original)
         if index in chosen:
             root = activations.root[original.input[0]]
-            build.quantized_layer(node, chosen[index], codes[root][0], granularity)
+            build.quantized_layer(node, chosen[index], codes[root][0])
         for place, name in enumerate(node.output):
             if name in outputs and name in activations.root:
                 node.output[place] = f"{name}_float"
@@ -135,33 +132,28 @@ def static_graph(
     return build.finish(outputs)
 
 
-def dynamic_graph(
-    graph: onnx.ModelProto, layers: Collection[GraphLayer], granularity: str
-) -> onnx.ModelProto:
-    """The graph with int8 weights for the matrix products of `layers`; their inputs are quantized
-    at run time."""
+def dynamic_graph(graph: onnx.ModelProto, weights: Sequence[WeightCodes]) -> onnx.ModelProto:
+    """The graph with int8 `weights` in its matrix products; their inputs are quantized at run
+    time."""
     build = _Rewriting(graph)
-    chosen = {index: layer for layer in layers for index in layer.nodes}
+    chosen = {index: each for each in weights for index in each.layer.nodes}
     for index, original in enumerate(graph.graph.node):
         node = build.copy(original)
         if index in chosen:
-            build.dynamic_product(node, chosen[index], granularity)
+            build.dynamic_product(node, chosen[index])
         else:
             build.nodes.append(node)
     return build.finish(set())
 
 
-def weight_only_graph(
-    graph: onnx.ModelProto, layers: Collection[GraphLayer], granularity: str
-) -> onnx.ModelProto:
-    """The graph with int8 weights for `layers`, dequantized where they are used."""
+def weight_only_graph(graph: onnx.ModelProto, weights: Sequence[WeightCodes]) -> onnx.ModelProto:
+    """The graph with coded `weights`, turned into floats where they are used."""
     build = _Rewriting(graph)
-    chosen = {index: layer for layer in layers for index in layer.nodes}
+    chosen = {index: each for each in weights for index in each.layer.nodes}
     for index, original in enumerate(graph.graph.node):
         node = build.copy(original)
         if index in chosen:
-            scale = build.weight(chosen[index], granularity)
-            node.input[1] = build.dequantized(chosen[index], scale)
+            node.input[1] = build.floats(chosen[index])
         build.nodes.append(node)
     return build.finish(set())
 
@@ -169,13 +161,13 @@ def weight_only_graph(
 class _Rewriting:
     """A graph under construction: nodes in order, initializers by name."""
 
-    def __init__(self, graph: onnx.ModelProto) -> None:
+    def __init__(self, graph: onnx.ModelProto, activation_bits: int = 8) -> None:
         self.source = graph
+        self.activation_bits = activation_bits
         self.originals = {i.name: i for i in graph.graph.initializer}
         self.nodes: list[NodeProto] = []
         self.added: dict[str, onnx.TensorProto] = {}
         self.renamed: dict[str, str] = {}
-        self.scales: dict[str, Array] = {}
 
     def copy(self, node: NodeProto) -> NodeProto:
         """A copy of `node` that reads the values that replaced its inputs."""
@@ -198,68 +190,103 @@ class _Rewriting:
         )
         return output
 
-    def pair(self, name: str, source: str, root: str, codes: Mapping[str, tuple[Any, Any]]) -> None:
+    def pair(self, name: str, source: str, root: str, codes: Mapping[str, Affine]) -> None:
         """Quantize and dequantize the value `source`; later readers of `name` get the dequantized
         one."""
         scale = self.add(f"{root}_scale", codes[root][0])
         zero_point = self.add(f"{root}_zero_point", codes[root][1])
         coded = self.node("QuantizeLinear", [source, scale, zero_point], f"{name}_quantized")
+        if self.activation_bits < 8:  # the operator's own codes end at 255
+            limits = [
+                self.add(f"{side}_code", np.uint8(value))
+                for side, value in (("lowest", 0), ("highest", 2**self.activation_bits - 1))
+            ]
+            coded = self.node("Clip", [coded, *limits], f"{name}_limited")
         target = name if source != name else f"{name}_dequantized"
         self.node("DequantizeLinear", [coded, scale, zero_point], target)
         self.renamed[name] = target
 
-    def weight(self, layer: GraphLayer, granularity: str, smallest: Array | float = 0.0) -> Array:
-        """Put the codes of the layer's weight in, once, and return its scale.
+    def integers(self, weight: WeightCodes) -> Array:
+        """Put whole-number codes in, once, and return their scale, () or (O,)."""
+        grid, name = weight.grid, weight.layer.weight
+        assert grid.integers and grid.scale.shape[1] == 1, "integer kernels take no groups"
+        scale = grid.scale.reshape(-1) if len(grid.scale) > 1 else grid.scale.reshape(())
+        self.add(f"{name}_quantized", weight.shaped(grid.levels.astype(np.int8)[weight.indexes]))
+        self.add(f"{name}_scale", scale)
+        self.add(f"{name}_zero_point", grid.zero_point.astype(np.int8).reshape(scale.shape))
+        return np.asarray(scale, np.float32)
 
-        `smallest` bounds the scale from below, so that the bias at input scale * weight scale fits
-        int32.
-        """
-        if layer.weight not in self.scales:
-            values = numpy_helper.to_array(self.originals[layer.weight])
-            axis = layer.axis if granularity == "per_channel" else None
-            scale = np.maximum(choose_symmetric(values, axis), np.asarray(smallest, np.float32))
-            scale = scale if axis is not None else scale.max()
-            self.scales[layer.weight] = np.asarray(scale, np.float32)
-            self.add(f"{layer.weight}_quantized", quantize(values, scale, axis=axis))
-            self.add(f"{layer.weight}_scale", self.scales[layer.weight])
-            self.add(f"{layer.weight}_zero_point", np.zeros(np.shape(scale), np.int8))
-        return self.scales[layer.weight]
-
-    def dequantized(self, layer: GraphLayer, scale: Array) -> str:
-        """The name of the layer's weight as float again."""
-        name = f"{layer.weight}_dequantized"
+    def dequantized(self, weight: WeightCodes, scale: Array) -> str:
+        """The name of a weight of whole-number codes as float again."""
+        held = weight.layer.weight
+        name = f"{held}_dequantized"
         if not any(name in node.output for node in self.nodes):
-            inputs = [f"{layer.weight}_{part}" for part in ("quantized", "scale", "zero_point")]
-            self.node(
-                "DequantizeLinear", inputs, name, **({"axis": layer.axis} if scale.ndim else {})
-            )
+            inputs = [f"{held}_{part}" for part in ("quantized", "scale", "zero_point")]
+            axis = {"axis": weight.layer.axis} if scale.ndim else {}
+            self.node("DequantizeLinear", inputs, name, **axis)
         return name
 
+    def floats(self, weight: WeightCodes) -> str:
+        """The name of any coded weight as float again; an engine computes it once, when it loads."""
+        grid, held = weight.grid, weight.layer.weight
+        if grid.integers and grid.scale.shape[1] == 1:
+            return self.dequantized(weight, self.integers(weight))
+        name = f"{held}_dequantized"
+        if any(name in node.output for node in self.nodes):
+            return name
+        coded = grid.levels.astype(np.int8)[weight.indexes] if grid.integers else weight.indexes
+        value = self.add(f"{held}_quantized", coded)
+        if grid.integers:
+            value = self.node("Cast", [value], f"{held}_level", to=onnx.TensorProto.FLOAT)
+        else:
+            value = self.node("Cast", [value], f"{held}_index", to=onnx.TensorProto.INT32)
+            levels = self.add(f"{held}_levels", grid.levels)
+            value = self.node("Gather", [levels, value], f"{held}_level")
+        groups = np.arange(weight.indexes.shape[1]) // grid.group_size
+        for part, op in (("zero_point", "Sub"), ("scale", "Mul")):
+            if part == "zero_point" and not grid.zero_point.any():
+                continue
+            spread = self.add(f"{held}_{part}", np.asarray(getattr(grid, part), np.float32))
+            if grid.scale.shape[1] > 1:
+                columns = self.add(f"{held}_groups", groups.astype(np.int32))
+                spread = self.node("Gather", [spread, columns], f"{held}_{part}_spread", axis=1)
+            value = self.node(op, [value, spread], f"{held}_{part}_applied")
+        return self._reshaped(value, weight, name)
+
+    def _reshaped(self, value: str, weight: WeightCodes, name: str) -> str:
+        """The matrix (O, K) called `value` in the weight's own shape and order, called `name`."""
+        axis = weight.layer.axis % len(weight.shape)
+        rest = [i for i in range(len(weight.shape)) if i != axis]
+        first = np.array([weight.shape[i] for i in (axis, *rest)], np.int64)
+        shape = self.add(f"{weight.layer.weight}_shape", first)
+        if axis == 0:
+            return self.node("Reshape", [value, shape], name)
+        value = self.node("Reshape", [value, shape], f"{name}_first")
+        order = [(axis, *rest).index(i) for i in range(len(weight.shape))]
+        return self.node("Transpose", [value], name, perm=order)
+
     def quantized_layer(
-        self, node: NodeProto, layer: GraphLayer, input_scale: np.float32, granularity: str
+        self, node: NodeProto, weight: WeightCodes, input_scale: np.float32
     ) -> None:
         """Give `node` an int8 weight and an int32 bias of scale: input scale * weight scale."""
+        scale = self.integers(weight)
+        node.input[1] = self.dequantized(weight, scale)
         held = self.originals.get(node.input[2]) if len(node.input) > 2 else None
-        bias = np.zeros(1, np.float32) if held is None else numpy_helper.to_array(held)
-        smallest = (np.abs(bias) / 2.0**30 + SMALLEST_SCALE) / float(input_scale)
-        if len(layer.nodes) > 1:  # one weight for several inputs and biases
-            smallest = smallest.max()
-        scale = self.weight(layer, granularity, smallest)
-        node.input[1] = self.dequantized(layer, scale)
         if held is None:
             return
+        bias = numpy_helper.to_array(held)
         bias_scale = np.asarray(scale * input_scale, np.float32)
-        name = held.name if len(layer.nodes) == 1 else f"{node.output[0]}_bias"
+        name = held.name if len(weight.layer.nodes) == 1 else f"{node.output[0]}_bias"
         along = {"axis": 0} if bias_scale.ndim else {}
         self.add(f"{name}_quantized", quantize(bias, bias_scale, dtype=np.int32, **along))
         self.add(f"{name}_scale", bias_scale)
         inputs = [f"{name}_quantized", f"{name}_scale"]
         node.input[2] = self.node("DequantizeLinear", inputs, f"{name}_dequantized", **along)
 
-    def dynamic_product(self, node: NodeProto, layer: GraphLayer, granularity: str) -> None:
+    def dynamic_product(self, node: NodeProto, weight: WeightCodes) -> None:
         """Replace a matrix product by DynamicQuantizeLinear and MatMulInteger, in the order the
         engine merges."""
-        scale = self.weight(layer, granularity)
+        layer, scale = weight.layer, self.integers(weight)
         end, name = node.output[0], node.output[0]
         parts = [f"{name}_input_{part}" for part in ("quantized", "scale", "zero_point")]
         self.nodes.append(
@@ -292,7 +319,8 @@ class _Rewriting:
         graph.output.extend(old.output)
         graph.node.extend(self.nodes)
         read = {name for node in self.nodes for name in node.input}
-        graph.initializer.extend(i for n, i in self.originals.items() if n in read)
+        kept = read - set(self.added)
+        graph.initializer.extend(i for n, i in self.originals.items() if n in kept)
         graph.initializer.extend(self.added.values())
         written = {name for node in self.nodes for name in node.output} - renamed_outputs
         graph.value_info.extend(v for v in old.value_info if v.name in written)

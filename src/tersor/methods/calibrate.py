@@ -25,13 +25,15 @@ def observe_ranges(
     *,
     observer: str,
     num_images: int,
+    levels: int = 256,
 ) -> tuple[dict[str, tuple[float, float]], int]:
     """Ranges (low, high) of the values `names` over the first `num_images` images of `batches` (N,
-    C, H, W) float32, by the registered `observer`, and the number of images seen.
+    C, H, W) float32, by the registered `observer` for codes of so many `levels`,
+    and the number of images seen.
 
     Raises DataError for no images, another shape, NaN or infinity, naming the batch.
     """
-    observers = {name: OBSERVERS[observer]() for name in names}
+    observers = {name: OBSERVERS[observer](levels=levels) for name in names}
     (image,) = [
         i for i in graph.graph.input if i.name not in {c.name for c in graph.graph.initializer}
     ]
@@ -39,7 +41,7 @@ def observe_ranges(
     inner = [name for name in names if name != image.name]
     session = inference_session(with_outputs(graph, inner), available_cpus())
     seen = 0
-    for number, batch in _checked(batches, shape[1:], num_images):
+    for number, batch in checked_batches(batches, shape[1:], num_images):
         for start in range(0, len(batch), CHUNK):
             chunk = batch[start : start + CHUNK]
             values = dict(
@@ -73,9 +75,14 @@ def with_outputs(graph: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     return extended
 
 
-def _checked(
+def checked_batches(
     batches: Iterable[Any], image_shape: Sequence[int], num_images: int
 ) -> Iterator[tuple[int, FloatArray]]:
+    """The first `num_images` images of `batches`, with the number of the batch they come in.
+
+    Raises DataError for another shape than (N, *image_shape) (0 stands for any size), another dtype
+    than float32, NaN or infinity.
+    """
     left = num_images
     for number, batch in enumerate(batches):
         if left <= 0:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from tersor.data.arrays import ArraySet, Splits
 from tersor.errors import DataError, ModelError, RunError
@@ -91,7 +92,9 @@ def finetune(
     example = torch.zeros(2, *splits.input_shape)
     _check_fit(student, splits, example, masks or {})
     # Trained with equal copies folded: VGG-16's first linear layer is 49 times cheaper and stays exact.
-    folded, small_masks = fold_copies_(student, example, masks)
+    # A weight that is computed, as fake quantization does, cannot be replaced: its caller folds before.
+    computed = any(map(parametrize.is_parametrized, student.modules()))
+    folded, small_masks = ([], masks or {}) if computed else fold_copies_(student, example, masks)
     student = on_device(student, device).train()
     loop = _Loop(student, splits, spec, small_masks, teacher, device)
     if checkpoint is not None and checkpoint.exists():

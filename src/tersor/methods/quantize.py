@@ -1,9 +1,9 @@
-"""Post-training quantization to 8 bits: static, dynamic and weight-only forms of an ONNX graph."""
+"""Post-training quantization: static, dynamic and weight-only forms of an ONNX graph."""
 
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,19 +12,35 @@ import onnx
 from onnx import numpy_helper
 
 from tersor.errors import ModelError, SpecError
+from tersor.graph.equalize import equalize
 from tersor.graph.layers import GraphLayer, graph_layers
+from tersor.graph.marking import Activations, activations_to_quantize
 from tersor.graph.qdq import (
-    activations_to_quantize,
+    Affine,
+    WeightCodes,
+    as_matrix,
     dynamic_graph,
+    shifted_biases,
+    smallest_weight_scale,
     static_graph,
     weight_only_graph,
 )
 from tersor.graph.select import excluded_layers
 from tersor.methods.calibrate import observe_ranges
+from tersor.methods.correct import bias_shift
+from tersor.methods.layer_inputs import InputMoments, input_moments
+from tersor.methods.sensitivity import mixed_bits, sensitivities
 from tersor.registry import did_you_mean
 from tersor.specs import LayerPlan, Plan, Quantize
+from tersor.tensors.affine import choose_affine
+from tersor.tensors.grids import fit_grid
 from tersor.tensors.observers import OBSERVERS
+from tersor.tensors.rounding import NEEDS_HESSIAN, ROUNDINGS
 
+FloatArray = npt.NDArray[np.float32]
+
+MIXED_BITS = (2, 3, 4, 5, 6, 8)
+MIXED_IMAGES = 128  # enough to rank layers: harms of neighbouring bits differ fourfold
 ACTIONS = {"static": "int8", "dynamic": "dynamic", "weight_only": "weight_only"}
 
 
@@ -57,22 +73,29 @@ class Quantized:
 
 
 def quantize(
-    graph: onnx.ModelProto,
-    spec: Quantize,
-    calibration: Iterable[npt.NDArray[np.float32]] = (),
+    graph: onnx.ModelProto, spec: Quantize, calibration: Iterable[FloatArray] = ()
 ) -> Quantized:
-    """`plan`, then `apply`."""
-    return apply(graph, plan(graph, spec), calibration)
+    """`plan`, then `apply`; with spec.mean_bits the bits are chosen by measured sensitivity first."""
+    images = _first_images(calibration, spec)
+    bits = mixed_precision(graph, spec, images) if spec.mean_bits else None
+    return apply(graph, plan(graph, spec, bits), images)
 
 
-def plan(graph: onnx.ModelProto, spec: Quantize) -> Plan:
+def plan(graph: onnx.ModelProto, spec: Quantize, bits: Mapping[str, int] | None = None) -> Plan:
     """Decide for every convolutional and linear layer of the float `graph`, in the order of
     computing.
 
-    A layer that is kept has its reason. Raises SpecError for a pattern in spec.exclude that matches
-    no layer, UnknownNameError for the observer, ModelError for weights that are not finite or a
-    graph that is quantized.
+    `bits` gives those of single layers; else they are spec.bits, or spec.edge_bits in the first
+    layer and in the last. A layer that is kept has its reason. Raises SpecError for a pattern in
+    spec.exclude that matches no layer, UnknownNameError for the observer, ModelError for weights
+    that are not finite or a graph that is quantized.
     """
+    if spec.mode == "qat":
+        raise SpecError(
+            "mode qat trains the network, and a graph cannot be trained; use "
+            "tersor.quantize_network(module, data, spec, training), or --train-epochs on the "
+            "command line"
+        )
     if spec.mode == "static":
         OBSERVERS[spec.observer]
     layers = graph_layers(graph)
@@ -80,6 +103,7 @@ def plan(graph: onnx.ModelProto, spec: Quantize) -> Plan:
     patterns = [p if p.startswith("re:") else p.removesuffix(".weight") for p in spec.exclude]
     excluded = excluded_layers([layer.name for layer in layers], patterns)
     values = {i.name: i for i in graph.graph.initializer}
+    chosen_bits = _edges(layers, spec) | dict(bits or {})
     decided = []
     for layer in layers:
         reason = "excluded by the request" if layer.name in excluded else layer.problem
@@ -87,45 +111,157 @@ def plan(graph: onnx.ModelProto, spec: Quantize) -> Plan:
             reason = "dynamic quantization covers linear layers only"
         if not reason and not np.isfinite(numpy_helper.to_array(values[layer.weight])).all():
             raise ModelError(f"layer {layer.name!r} holds NaN or infinity; load finite weights")
-        action, bits = ("keep", 32) if reason else (ACTIONS[spec.mode], spec.bits)
-        decided.append(LayerPlan(layer.name, action, 0.0, bits, reason))
+        action = "keep" if reason else ACTIONS[spec.mode]
+        layer_bits = 32 if reason else chosen_bits.get(layer.name, spec.bits)
+        decided.append(LayerPlan(layer.name, action, 0.0, layer_bits, reason))
     return Plan(spec, tuple(decided))
 
 
+def _edges(layers: list[GraphLayer], spec: Quantize) -> dict[str, int]:
+    """The first layer and the last, which hurt most, keep more bits."""
+    if spec.edge_bits <= spec.bits:
+        return {}
+    return {layers[0].name: spec.edge_bits, layers[-1].name: spec.edge_bits}
+
+
+def mixed_precision(
+    graph: onnx.ModelProto, spec: Quantize, images: Iterable[FloatArray]
+) -> dict[str, int]:
+    """Bits of each layer that `plan` would quantize: least measured harm at spec.mean_bits."""
+    names = [d.layer for d in plan(graph, spec).layers if d.action != "keep"]
+    measured = sensitivities(graph, names, MIXED_BITS, images, num_images=MIXED_IMAGES)
+    return mixed_bits(measured, mean_bits=spec.mean_bits)
+
+
 def apply(
-    graph: onnx.ModelProto, plan: Plan, calibration: Iterable[npt.NDArray[np.float32]] = ()
+    graph: onnx.ModelProto, plan: Plan, calibration: Iterable[FloatArray] = ()
 ) -> Quantized:
     """Do what `plan` says to a copy of the float `graph`.
 
-    `calibration` gives batches (N, C, H, W) float32, without labels, as the model sees them; mode
-    static takes the first request.num_calibration images, other modes none. Raises DataError for
+    `calibration` gives batches (N, C, H, W) float32, without labels, as the model sees them; the
+    first request.num_calibration images are read where the request needs any. Raises DataError for
     unusable calibration, SpecError for a plan of something else, ModelError where the plan and the
     graph disagree.
     """
     spec = plan.request
     if not isinstance(spec, Quantize):
         raise SpecError(f"this plan answers a request of kind {spec.kind!r}; expected quantize")
-    layers = graph_layers(graph)
-    chosen = _chosen(layers, plan, spec)
-    ranges: dict[str, tuple[float, float]] = {}
-    seen = 0
+    chosen = _chosen(graph_layers(graph), plan, spec)
     if not chosen:
         quantized = onnx.ModelProto()
         quantized.CopyFrom(graph)
-    elif spec.mode == "static":
-        activations = activations_to_quantize(graph, chosen)
-        ranges, seen = observe_ranges(
-            graph,
-            activations.observed,
-            calibration,
-            observer=spec.observer,
-            num_images=spec.num_calibration,
+        return Quantized(quantized, plan, _coverage(graph_layers(graph), [], spec), {}, 0)
+    images = _first_images(calibration, spec)
+    if spec.equalize:
+        graph, _ = equalize(graph)
+        chosen = _chosen(graph_layers(graph), plan, spec)
+    bits = {decision.layer: decision.bits for decision in plan.layers}
+    state = _Inputs(graph, chosen, spec, images)
+    weights = [state.coded(layer, bits[layer.name]) for layer in chosen]
+    if spec.bias_correction:
+        graph = state.corrected(weights)
+    return Quantized(
+        state.built(graph, weights),
+        plan,
+        _coverage(graph_layers(graph), chosen, spec),
+        state.ranges,
+        state.num_images,
+    )
+
+
+class _Inputs:
+    """What calibration told about a graph, and the codes that follow from it."""
+
+    def __init__(
+        self,
+        graph: onnx.ModelProto,
+        chosen: Sequence[GraphLayer],
+        spec: Quantize,
+        images: Sequence[FloatArray],
+    ) -> None:
+        self.graph, self.spec = graph, spec
+        self.values = {i.name: i for i in graph.graph.initializer}
+        self.ranges: dict[str, tuple[float, float]] = {}
+        self.codes: dict[str, Affine] = {}
+        self.num_images = 0
+        self.activations = Activations({})
+        if spec.mode == "static":
+            self.activations = activations_to_quantize(graph, chosen)
+            self.ranges, self.num_images = observe_ranges(
+                graph,
+                self.activations.observed,
+                images,
+                observer=spec.observer,
+                num_images=spec.num_calibration,
+                levels=2**spec.activation_bits,
+            )
+            symmetric = spec.activation_symmetry == "symmetric"
+            self.codes = {
+                root: choose_affine(*limits, bits=spec.activation_bits, symmetric=symmetric)
+                for root, limits in self.ranges.items()
+            }
+        self.moments: dict[str, InputMoments] = {}
+        if spec.rounding in NEEDS_HESSIAN or spec.bias_correction:
+            self.moments = input_moments(graph, chosen, images, num_images=spec.num_calibration)
+            self.num_images = self.num_images or sum(len(batch) for batch in images)
+
+    def coded(self, layer: GraphLayer, bits: int) -> WeightCodes:
+        """Codes of `bits` for the layer's weight, by the request's grid and rounding."""
+        spec = self.spec
+        weight = numpy_helper.to_array(self.values[layer.weight])
+        matrix = as_matrix(weight, layer.axis)
+        smallest: Any = 0.0
+        if spec.mode == "static":
+            inputs = [self.graph.graph.node[index].input[0] for index in layer.nodes]
+            scales = [self.codes[self.activations.root[name]][0] for name in inputs]
+            smallest = smallest_weight_scale(self.graph, layer, scales)
+        grid = fit_grid(
+            spec.code if bits == spec.bits else "uniform",
+            matrix,
+            bits,
+            symmetric=spec.symmetry == "symmetric",
+            granularity=spec.granularity,
+            group_size=spec.group_size,
+            search=spec.weight_search,
+            smallest=smallest,
         )
-        quantized = static_graph(graph, chosen, activations, ranges, spec.granularity)
-    else:
-        build = dynamic_graph if spec.mode == "dynamic" else weight_only_graph
-        quantized = build(graph, chosen, spec.granularity)
-    return Quantized(quantized, plan, _coverage(layers, chosen, spec), ranges, seen)
+        moments = self.moments.get(layer.name)
+        second = None if moments is None else moments.second
+        indexes = ROUNDINGS[spec.rounding](matrix, grid, second, seed=0)
+        return WeightCodes(layer, grid, indexes, weight.shape)
+
+    def corrected(self, weights: Sequence[WeightCodes]) -> onnx.ModelProto:
+        """The graph whose biases take back the mean error of the coded weights."""
+        shifts = {}
+        for each in weights:
+            layer = each.layer
+            matrix = as_matrix(numpy_helper.to_array(self.values[layer.weight]), layer.axis)
+            decoded = each.grid.decode(each.indexes)
+            shifts[layer.name] = bias_shift(matrix, decoded, self.moments[layer.name])
+        return shifted_biases(self.graph, [each.layer for each in weights], shifts)
+
+    def built(self, graph: onnx.ModelProto, weights: Sequence[WeightCodes]) -> onnx.ModelProto:
+        """The quantized graph."""
+        if self.spec.mode == "static":
+            return static_graph(
+                graph, weights, self.activations, self.codes, self.spec.activation_bits
+            )
+        return (dynamic_graph if self.spec.mode == "dynamic" else weight_only_graph)(graph, weights)
+
+
+def _first_images(batches: Iterable[FloatArray], spec: Quantize) -> list[FloatArray]:
+    """The batches of the first spec.num_calibration images, held for the passes that follow; none
+    where the request reads none."""
+    held: list[FloatArray] = []
+    seen = 0
+    if not spec.needs_inputs:
+        return held
+    for batch in batches:
+        held.append(batch)
+        seen += len(batch)
+        if seen >= spec.num_calibration:
+            break
+    return held
 
 
 def _refuse_quantized(graph: onnx.ModelProto, layers: list[GraphLayer]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -47,6 +48,7 @@ class Lab:
     journal: Journal
     weights: dict[str, str]
     watch: Watch
+    graphs: dict[tuple[str, str], onnx.ModelProto | Quantized] = dc.field(default_factory=dict)
 
     @property
     def work(self) -> pathlib.Path:
@@ -71,6 +73,15 @@ class Lab:
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
         )
+
+    def graph(self, model: str, module: nn.Module) -> onnx.ModelProto:
+        """The deployment graph of a float network; those of the network in hand are kept."""
+        found = self.graphs.get((model, "float"))
+        if found is None:
+            self.graphs.clear()
+            found = self.graphs[model, "float"] = export_onnx(module, self.splits.input_shape)
+        assert isinstance(found, onnx.ModelProto)
+        return found
 
     def missing(self, **key: Any) -> bool:
         """True when the journal holds no row with all these values."""
@@ -154,7 +165,7 @@ def _float_file(lab: Lab, model: str, module: nn.Module) -> Score:
     if not lab.missing(**key) and kept.exists():
         return Score(np.load(kept))
     lab.watch(f"{model} float: export", 0.0)
-    graph = export_onnx(module, lab.splits.input_shape)
+    graph = lab.graph(model, module)
     size = write(graph, lab.out / "models" / f"{model}.float.tersor")
     score = judge(lab, f"{model} float", open_session(graph, threads=lab.settings.threads))
     stream = io.BytesIO()
@@ -209,11 +220,16 @@ def measure_quantized(lab: Lab, model: str, module: nn.Module, mode: str, origin
 
 def quantized_form(lab: Lab, model: str, module: nn.Module, mode: str) -> Quantized:
     """The quantized graph of a float module, from the study's settings."""
-    lab.watch(f"{model} {mode}: calibrate and quantize", 0.0)
-    spec = Quantize(
-        mode=mode, observer=lab.settings.observer, num_calibration=lab.settings.num_calibration
-    )
-    return quantize_graph(export_onnx(module, lab.splits.input_shape), lab.splits, spec)
+    graph = lab.graph(model, module)
+    found = lab.graphs.get((model, mode))
+    if found is None:
+        lab.watch(f"{model} {mode}: calibrate and quantize", 0.0)
+        spec = Quantize(
+            mode=mode, observer=lab.settings.observer, num_calibration=lab.settings.num_calibration
+        )
+        found = lab.graphs[model, mode] = quantize_graph(graph, lab.splits, spec)
+    assert isinstance(found, Quantized)
+    return found
 
 
 def coverage_row(variant: str, plan: Plan, shares: dict[str, float]) -> dict[str, Any]:
@@ -236,10 +252,9 @@ def measure_timing(lab: Lab, model: str, module: nn.Module, batch: int) -> None:
     if not lab.missing(kind="timing", model=model, batch=batch, variant="float", engine="torch"):
         return
     threads = lab.settings.threads
-    graph = export_onnx(module, lab.splits.input_shape)
     sessions: dict[str, Session] = {
         "float/torch": open_session(module, engine="torch", threads=threads),
-        "float/onnxruntime": open_session(graph, threads=threads),
+        "float/onnxruntime": open_session(lab.graph(model, module), threads=threads),
     }
     for mode in lab.settings.modes:
         quantized = quantized_form(lab, model, module, mode)

@@ -88,6 +88,7 @@ def _measure_all(lab: Lab, position: _Position) -> None:
         for batch in settings.batches:
             measure_timing(lab, model, modules[model], batch)
             position.done += 1
+    lab.graphs.clear()
     for sparsity in settings.sparsities:
         for scope in settings.scopes:
             for model in settings.models:

@@ -1,5 +1,5 @@
-"""Affine codes of 8 bits: x = scale * (q - zero_point), scale > 0, zero_point an integer inside the
-range.
+"""Affine codes of 2 to 8 bits: x = scale * (q - zero_point), scale > 0, zero_point an integer
+inside the range.
 
 The formula is pinned, because a file, a simulation and an engine must agree bit for bit: q =
 clamp(rint(x / scale) + zero_point), with the division in float32 and halves rounded to even, which
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tersor.errors import ModelError
+from tersor.errors import ModelError, SpecError
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -24,22 +24,34 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 LARGEST = 2.0**127
 
 
-def choose_affine(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of uint8 codes (0 to 255) that cover `low` to `high`, both finite.
+def choose_affine(
+    low: float, high: float, bits: int = 8, symmetric: bool = False
+) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of uint8 codes (0 to 2^bits - 1) that cover `low` to `high`, both
+    finite; 2 to 8 bits.
 
-    The range is widened to hold zero, which maps to a code exactly: padding and ReLU stay exact. A
-    range that is only zero gets scale 1. Raises ModelError for a range that is not finite or is
-    upside down.
+    The range is widened to hold zero, which maps to a code exactly: padding and ReLU stay exact.
+    Where `symmetric`, it is widened to reach as far to both sides of the middle code 2^(bits-1),
+    which is the zero point; code 0 then lies one step beyond. A range that is only zero gets scale
+    1. Raises ModelError for a range that is not finite or is upside down, SpecError for the bits.
     """
+    if not 2 <= bits <= 8:
+        raise SpecError(f"affine codes have 2 to 8 bits, got {bits}")
     if not (np.isfinite(low) and np.isfinite(high) and low <= high):
         raise ModelError(
             f"no codes cover the range {low} to {high}; it must be finite and in order"
         )
     low, high = max(min(float(low), 0.0), -LARGEST), min(max(float(high), 0.0), LARGEST)
+    last, middle = 2**bits - 1, 2 ** (bits - 1)
+    if symmetric:
+        # LARGEST / middle: code 0 stands for -middle * scale, which must be finite too.
+        widest = min(max(-low, high) / (last - middle), LARGEST / middle)
+        scale = np.float32(max(widest, SMALLEST_SCALE) if widest else 1.0)
+        return scale, np.uint8(middle)
     if low == high:
         return np.float32(1.0), np.uint8(0)
-    scale = np.float32(max((high - low) / 255, SMALLEST_SCALE))
-    zero_point = np.clip(np.rint(-low / float(scale)), 0, 255)
+    scale = np.float32(max((high - low) / last, SMALLEST_SCALE))
+    zero_point = np.clip(np.rint(-low / float(scale)), 0, last)
     return scale, np.uint8(zero_point)
 
 

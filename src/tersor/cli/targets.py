@@ -1,0 +1,36 @@
+"""Where a command writes: checked before any work, and told with its coverage afterwards."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from tersor.cli.output import Output, say, show_table
+from tersor.errors import RunError, SpecError
+from tersor.specs import Plan
+
+
+def told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[str, Any]:
+    """Print the coverage table and the file; return both."""
+    layers = [{k: v for k, v in d.to_dict().items() if k != "kind"} for d in plan.layers]
+    columns = ("layer", "action", "bits", "sparsity", "reason")
+    show_table(output, "coverage", columns, [[layer[c] for c in columns] for layer in layers])
+    say(output, f"wrote {target}, {size:,} bytes")
+    return {"out": str(target), "size_bytes": size, "layers": layers}
+
+
+def writable(path: str, suffix: str) -> pathlib.Path:
+    """The target, checked before any work is done: its ending, its directory, and that it can be written."""
+    target = pathlib.Path(path)
+    if target.suffix != suffix:
+        raise SpecError(f"--out {path}: expected a name that ends in {suffix}")
+    if target.is_dir():
+        raise RunError(f"{target} is a directory; name a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.with_name(f".{target.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{target} cannot be written: {error.strerror or error}") from None
+    return target
