@@ -37,6 +37,7 @@ _HOMES = {
     "paired_interval": "bench.stats",
     "prune": "methods.prune",
     "quantize": "methods.quantize",
+    "quantize_network": "pipeline",
     "reestimate_batch_norm": "methods.reestimate",
     "run_study": "study.run",
     "save": "artifact",

@@ -25,11 +25,21 @@ from tersor.graph.fold import fold_copies_
 from tersor.methods import prune as pruning
 from tersor.methods import quantize as quantization
 from tersor.methods.finetune import Progress, Trained, finetune
+from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.models.load import load_model
 from tersor.specs import Finetune, Plan, Prune, Quantize
 
 CALIBRATION_BATCH = 64
+# One epoch at a small rate, from the float network's outputs alone: no labels.
+QAT_TRAINING = Finetune(
+    epochs=1.0,
+    learning_rate=0.01,
+    weight_decay=0.0,
+    label_smoothing=0.0,
+    distill=1.0,
+    ema_decay=0.999,
+)
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -174,6 +184,34 @@ def quantize_graph(
     if splits is None:
         raise SpecError(f"{needing_inputs(spec)} needs calibration inputs; give --data")
     return quantization.quantize(graph, spec, calibration_batches(splits, spec.num_calibration))
+
+
+def quantize_network(
+    module: nn.Module,
+    splits: Splits,
+    spec: Quantize,
+    training: Finetune | None = None,
+    *,
+    fold_copies: bool = True,
+    checkpoint: pathlib.Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> quantization.Quantized:
+    """Quantize a network: with `training` for mode qat (by default one epoch of distillation from
+    the float network, without labels), else by its graph."""
+    if spec.mode != "qat":
+        if training is not None:
+            raise SpecError(f"a training is for mode qat, got mode {spec.mode}")
+        graph = deployment_graph(module, splits.input_shape, fold_copies=fold_copies)
+        return quantize_graph(graph, splits, spec)
+    return quantize_aware(
+        module,
+        splits,
+        spec,
+        training or QAT_TRAINING,
+        fold_copies=fold_copies,
+        checkpoint=checkpoint,
+        on_progress=on_progress,
+    )
 
 
 def needing_inputs(spec: Quantize) -> str:

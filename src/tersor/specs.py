@@ -141,7 +141,8 @@ class Quantize(Spec, kind="quantize"):
     code         uniform (evenly spaced), codebook (k-means), power_of_two, ternary, binary.
     symmetry     of weights, `activation_symmetry` of activations: symmetric or asymmetric.
     granularity  what shares a scale: per_tensor, per_channel, or per_group of `group_size` inputs.
-    weight_search  how a weight's scale is found: minmax, or mse (least squared error).
+    weight_search  how a weight's scale is found: minmax, mse (least squared error), or auto: minmax
+                 at 8 bits, mse at fewer.
     rounding     nearest; gptq and adaround use calibration inputs, no labels.
     equalize     cross-layer equalization before; `bias_correction` after. Both need no labels.
     """
@@ -157,7 +158,7 @@ class Quantize(Spec, kind="quantize"):
     granularity: str = "per_channel"
     group_size: int = 64
     observer: str = "histogram"
-    weight_search: str = "minmax"
+    weight_search: str = "auto"
     rounding: str = "nearest"
     equalize: bool = False
     bias_correction: bool = False
@@ -171,7 +172,7 @@ class Quantize(Spec, kind="quantize"):
         for name in ("symmetry", "activation_symmetry"):
             _one_of(f"quantize.{name}", getattr(self, name), ("symmetric", "asymmetric"))
         _one_of("quantize.granularity", self.granularity, GRANULARITIES)
-        _one_of("quantize.weight_search", self.weight_search, ("minmax", "mse"))
+        _one_of("quantize.weight_search", self.weight_search, ("auto", "minmax", "mse"))
         _one_of("quantize.rounding", self.rounding, ("nearest", "gptq", "adaround"))
         for name, least in (("bits", 1), ("activation_bits", 2), ("edge_bits", 0)):
             value = getattr(self, name)

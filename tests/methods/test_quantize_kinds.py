@@ -86,7 +86,10 @@ def bits_of(code):
 KINDS = [
     spec
     for mode, code, symmetry, granularity in itertools.product(
-        ("static", "dynamic", "weight_only"), WEIGHT_CODES, ("symmetric", "asymmetric"), GRANULARITIES
+        ("static", "dynamic", "weight_only"),
+        WEIGHT_CODES,
+        ("symmetric", "asymmetric"),
+        GRANULARITIES,
     )
     for bits in bits_of(code)
     if (
@@ -127,6 +130,7 @@ def test_stored_codes_decode_to_the_fitted_grid_bit_for_bit(graph, spec):
             symmetric=spec.symmetry == "symmetric",
             granularity=spec.granularity,
             group_size=spec.group_size,
+            search="mse",  # at fewer than 8 bits
         )
         if spec.mode != "dynamic":
             values = as_weight(
@@ -202,7 +206,9 @@ def test_equalization_keeps_the_function_and_helps_one_scale_for_all(graph, gran
 def test_bias_correction_takes_the_mean_error_back(mode):
     """A layer whose inputs are never negative, with all weights rounded up: a shift of the mean."""
     torch.manual_seed(1)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(800, 4))
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(800, 4)
+    )
     with torch.no_grad():
         module[3].weight.abs_()
         module[3].weight[:, 0] = 1.0  # a wide range makes coarse steps
@@ -211,7 +217,9 @@ def test_bias_correction_takes_the_mean_error_back(mode):
     expected = open_session(graph, threads=1).run(batch)
     shift = {}
     for corrected in (False, True):
-        spec = Quantize(mode=mode, bits=4, edge_bits=0, bias_correction=corrected, num_calibration=128)
+        spec = Quantize(
+            mode=mode, bits=4, edge_bits=0, bias_correction=corrected, num_calibration=128
+        )
         found = quantize(graph, spec, [images(128)])
         onnx.checker.check_model(found.graph)
         logits = open_session(found.graph, threads=1).run(batch)
@@ -238,7 +246,9 @@ def test_activations_of_few_bits_have_so_many_codes(graph, bits, symmetry):
     assert max(int(value.max()) for value in values) == 2**bits - 1
     if symmetry == "symmetric":
         held = constants(found.graph)
-        points = {int(v) for n, v in held.items() if n.endswith("_zero_point") and v.dtype == np.uint8}
+        points = {
+            int(v) for n, v in held.items() if n.endswith("_zero_point") and v.dtype == np.uint8
+        }
         assert points == {2 ** (bits - 1)}
     batch = images(16, seed=7)
     logits = open_session(found.graph, threads=1).run(batch)

@@ -69,7 +69,9 @@ def test_a_weights_harm_is_that_of_the_network_with_it_alone_quantized(graph):
     batch, before = images(40), graph.SerializeToString()
     found = sensitivities(graph, None, (3, 2), [batch])
     assert found.num_images == 40
-    assert [(row.layer, row.bits) for row in found.table] == [(n, b) for n in LAYERS for b in (2, 3)]
+    assert [(row.layer, row.bits) for row in found.table] == [
+        (n, b) for n in LAYERS for b in (2, 3)
+    ]
     assert graph.SerializeToString() == before
     original = open_session(graph).run(batch)
     weights = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
@@ -132,9 +134,7 @@ def test_an_inputs_harm_is_that_of_codes_for_this_reader_alone(graph):
 def test_only_the_images_asked_for_count_however_they_are_batched(graph):
     batch = images(50)
     whole = sensitivities(graph, ["inner"], [2], [batch[:37]])
-    parts = sensitivities(
-        graph, ["inner"], [2], np.array_split(batch, 7), num_images=37
-    )
+    parts = sensitivities(graph, ["inner"], [2], np.array_split(batch, 7), num_images=37)
     assert parts.num_images == whole.num_images == 37
     assert parts.table[0].harm_kl == pytest.approx(whole.table[0].harm_kl, rel=1e-4)
 
@@ -164,7 +164,6 @@ def test_logits_that_are_all_equal_divide_by_one():
     assert output_distance(flat, flat + 2) == (0.0, 4.0)
 
 
-
 REFUSALS = {
     "unknown layer": ({"layers": ["sted"]}, SpecError, "Did you mean 'stem'"),
     "no bits": ({"bits": []}, SpecError, "at least one"),
@@ -175,7 +174,11 @@ REFUSALS = {
     "wrong shape": ({"calibration_batches": [images(2)[:, :1]]}, DataError, "shape"),
     "fit of another shape": ({"fit": lambda *a: a[1][:1]}, ModelError, "'stem' at 4 bits"),
     "fit of NaN": ({"fit": lambda *a: a[1] * np.nan}, ModelError, "not finite"),
-    "overflow": ({"calibration_batches": [np.full((1, *SHAPE), 3e38, np.float32)]}, DataError, "NaN or infinity"),
+    "overflow": (
+        {"calibration_batches": [np.full((1, *SHAPE), 3e38, np.float32)]},
+        DataError,
+        "NaN or infinity",
+    ),
 }
 
 

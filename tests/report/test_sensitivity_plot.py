@@ -47,7 +47,10 @@ def answer():
 
 
 def texts(svg):
-    return ["".join(t.itertext()).strip("\u200b") for t in ElementTree.fromstring(svg).iter(SVG + "text")]
+    return [
+        "".join(t.itertext()).strip("\u200b")
+        for t in ElementTree.fromstring(svg).iter(SVG + "text")
+    ]
 
 
 def test_conclusion_names_the_worst_layers_with_their_unit(answer):

@@ -19,9 +19,7 @@ COSTS, HARMS = st.integers(0, 40), st.integers(-20, 1000)
 def free_options(draw):
     """Layers with any number of options of any cost and harm."""
     return {
-        f"layer{i}": [
-            Option(k, draw(COSTS), draw(HARMS)) for k in range(draw(st.integers(1, 5)))
-        ]
+        f"layer{i}": [Option(k, draw(COSTS), draw(HARMS)) for k in range(draw(st.integers(1, 5)))]
         for i in range(draw(st.integers(1, 5)))
     }
 
@@ -106,9 +104,7 @@ def test_frontier_is_convex_and_optimal_at_every_point(options):
     for point in points:
         assert point.harm == exact(options, point.cost).harm
         assert allocate(options, point.cost).harm == point.harm
-    steps = [
-        (a.harm - b.harm) / (b.cost - a.cost) for a, b in itertools.pairwise(points)
-    ]
+    steps = [(a.harm - b.harm) / (b.cost - a.cost) for a, b in itertools.pairwise(points)]
     assert all(gain > 0 for gain in steps)
     assert steps == sorted(steps, reverse=True)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -50,6 +50,8 @@ def test_the_error_inside_the_range_is_at_most_one_step(x):
 
 @settings(deadline=None, max_examples=100)
 @given(values, values, st.integers(2, 8), st.booleans())
+@example(HUGE, 0.0, 2, True)
+@example(-HUGE, HUGE, 2, False)
 def test_few_bits_cover_the_range_and_zero_exactly(a, b, bits, symmetric):
     low, high = min(a, b, 0.0), max(a, b, 0.0)
     scale, zero_point = choose_affine(low, high, bits, symmetric)

@@ -34,6 +34,13 @@ def test_centroids_are_the_means_of_their_members(bits, shape):
     assert np.allclose(centroids, means, rtol=1e-9, atol=1e-9)
 
 
+def test_a_huge_value_does_not_swallow_the_small_ones():
+    small = np.linspace(1, 2, 100)
+    first, *others = k_means(np.append(small, -1e30), 4)
+    assert first == -1e30 and len(others) == 3
+    assert all(1 <= centroid <= 2 for centroid in others)
+
+
 def test_a_weight_counts_as_that_many_equal_values():
     values = np.random.default_rng(0).normal(size=300)
     times = np.random.default_rng(1).integers(1, 5, 300)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tersor.errors import ModelError, SpecError
+from tersor.tensors import scale_search
 from tersor.tensors.affine import choose_affine, choose_symmetric, dequantize, quantize
 from tersor.tensors.codebook import fine_tune_centroids
 from tersor.tensors.grids import Grid, fit_grid
@@ -223,10 +224,11 @@ def test_ties_of_other_levels_go_towards_zero_and_at_zero_up(levels):
 
 
 def test_levels_one_float_apart_are_told_apart():
-    one = np.float32(1)
-    levels = np.array([-1, one, np.nextafter(one, np.float32(2))], np.float32)
-    grid = Grid(levels, np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32), 9, 2)
-    assert grid.encode(levels[None, :]).tolist() == [[0, 1, 2]]
+    """Their middle is no float32, whichever way it would round."""
+    ulps = 1 + np.arange(4) * 2.0**-23
+    levels = np.concatenate([-ulps[::-1], ulps]).astype(np.float32)
+    grid = Grid(levels, np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32), 9, 3)
+    assert grid.encode(levels[None, :]).tolist() == [list(range(8))]
 
 
 def test_symmetric_uniform_takes_the_levels_with_the_smaller_error():
@@ -262,6 +264,18 @@ def test_the_asymmetric_search_is_close_to_the_best_of_all_scales_and_zero_point
             scale = (grid.scale * factor).astype(np.float32)
             other = Grid(grid.levels, scale, np.full_like(scale, zero_point), 200, bits)
             assert (row_errors(grid, weight) <= 1.06 * row_errors(other, weight)).all()
+
+
+def test_the_blocks_of_the_search_do_not_show(monkeypatch):
+    weight = laplace((9, 23))
+    for granularity in ("per_tensor", "per_channel", "per_group"):
+        whole = fit("uniform", weight, 4, granularity, search="mse")
+        monkeypatch.setattr(scale_search, "BLOCK", 7)
+        monkeypatch.setattr(scale_search, "SOME_RUNS", 2)
+        cut = fit("uniform", weight, 4, granularity, search="mse")
+        monkeypatch.undo()
+        assert np.array_equal(whole.scale, cut.scale)
+        assert np.array_equal(whole.levels, cut.levels)
 
 
 def test_powers_of_two():
@@ -368,6 +382,7 @@ def test_a_grid_that_contradicts_itself_is_refused():
         ((levels, scale, zeros[:1]), "one shape"),
         ((levels, 0 * scale, zeros), "above zero"),
         ((levels, np.nan * scale, zeros), "finite"),
+        ((levels, scale.astype(np.float64), zeros), "float32, got float32, float64, float32"),
         ((2 * levels, scale, zeros + 1), "one apart take a zero point"),
     ]:
         with pytest.raises(ModelError, match=message):

@@ -223,7 +223,7 @@ class Packed:
             above[start : start + count] = np.packbits(
                 spread.reshape(count, bits), axis=1, bitorder="little"
             )[:, 0]
-        found = (above + lowest).view(dtype)
+        found: Array = (above + lowest).view(dtype)
         if Packed.encode(found).tobytes() != data.tobytes():
             raise ArtifactError("the packed elements are not in their shortest form")
         return found

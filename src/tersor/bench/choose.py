@@ -12,9 +12,10 @@ import onnx
 from tersor.bench.choice import FLOAT, Candidate, Choice, fastest
 from tersor.bench.faults import layers_at_fault
 from tersor.bench.timing import time_sessions
-from tersor.engines import ENGINES, Session, open_session
-from tersor.engines.agreement import agreement, logits_of
-from tersor.engines.load import available_cpus
+from tersor.engines import ENGINES, open_session
+from tersor.engines.agreement import agreement
+from tersor.engines.isolated import isolated_logits, may_crash
+from tersor.engines.load import available_cpus, logits_of
 from tersor.engines.saturation import quantized_layers
 from tersor.engines.simulation import simulate
 from tersor.errors import EngineError, MissingExtraError, SpecError
@@ -63,11 +64,15 @@ def choose_engine(
     for model, graph in graphs.items():
         trying = _Trying(model, graph, inputs, batch, threads, requantize)
         trials += [trying.on(engine) for engine in names]
-    right = {f"{t.row.model} on {t.row.engine}": t.session for t in trials if t.session}
-    times: dict[str, Timing] = {}
-    if right:
-        shape = (inputs.shape[1], inputs.shape[2], inputs.shape[3])
-        times = time_sessions(right, shape, batch, seconds=seconds)
+    right = {
+        f"{t.row.model} on {t.row.engine}": open_session(
+            t.graph, engine=t.row.engine, threads=threads
+        )
+        for t in trials
+        if t.right
+    }
+    shape = (inputs.shape[1], inputs.shape[2], inputs.shape[3])
+    times = time_sessions(right, shape, batch, seconds=seconds) if right else {}
     rows = _with_times([t.row for t in trials], times)
     chosen = fastest([row for row in rows if row.model != FLOAT])
     run = None if chosen is None else trials[rows.index(chosen)].graph
@@ -76,11 +81,14 @@ def choose_engine(
 
 @dc.dataclass(frozen=True, eq=False)
 class _Trial:
-    """A row before it is timed; `session` is None where it is refused."""
+    """A row before it is timed, and the graph that was run for it."""
 
     row: Candidate
     graph: onnx.ModelProto
-    session: Session | None = None
+
+    @property
+    def right(self) -> bool:
+        return self.row.agreement is not None and self.row.agreement.right
 
 
 class _Trying:
@@ -102,53 +110,58 @@ class _Trying:
         self.reference = logits_of(simulate(graph, threads), inputs)
 
     def on(self, engine: str) -> _Trial:
+        """The trial of the model as it is, or with layers left in float, on `engine`."""
+        trial = self._tried(self.graph, engine, self.reference)
+        return trial if trial.right or trial.row.agreement is None else self._repaired(trial)
+
+    def _tried(self, graph: onnx.ModelProto, engine: str, reference: FloatArray) -> _Trial:
         row = Candidate(self.model, engine)
         try:
-            session = open_session(self.graph, engine=engine, threads=self.threads)
-            found = agreement(self.reference, logits_of(session, self.inputs, self.batch))
+            logits = self._logits(graph, engine)
+            row = dc.replace(row, agreement=agreement(reference, logits))
         except (EngineError, MissingExtraError) as error:
-            return _Trial(dc.replace(row, refused=str(error)), self.graph)
-        row = dc.replace(row, agreement=found)
-        if found.right:
-            return _Trial(row, self.graph, session)
-        del session
-        return self._repaired(row)
+            row = dc.replace(row, refused=str(error))
+        return _Trial(row, graph)
 
-    def _repaired(self, row: Candidate) -> _Trial:
-        """The trial with layers left in float so that the engine is right, or its refusal."""
-        refused = _Trial(dc.replace(row, refused="computes another function"), self.graph)
-        layers = quantized_layers(self.graph)
+    def _logits(self, graph: onnx.ModelProto, engine: str) -> FloatArray:
+        if may_crash(engine):
+            return isolated_logits(
+                graph, self.inputs, engine=engine, threads=self.threads, batch=self.batch
+            )
+        session = open_session(graph, engine=engine, threads=self.threads)
+        return logits_of(session, self.inputs, self.batch)
+
+    def _repaired(self, wrong: _Trial) -> _Trial:
+        """The trial with layers left in float so that the engine is right, or a refusal."""
+        layers, engine = quantized_layers(self.graph), wrong.row.engine
         if self.requantize is None or not layers:
-            return refused
-        held: dict[frozenset[str], _Trial] = {}
+            row = dc.replace(wrong.row, refused="computes another function")
+            return dc.replace(wrong, row=row)
+        last: dict[frozenset[str], _Trial] = {}
 
         def is_right(chosen: frozenset[str]) -> bool:
-            trial = self._with_float(chosen, row)
-            held.clear()  # one session at a time, the last one asked about
-            held[chosen] = trial
-            return trial.session is not None
+            trial = self._with_float(chosen, engine)
+            last.clear()
+            last[chosen] = trial
+            return trial.right
 
         earlier = next((s for s in self.repairs if is_right(s)), None)
         left = layers_at_fault(layers, is_right) if earlier is None else tuple(earlier)
         if left is None:
             words = "computes another function, with its layers left in float too"
-            return dc.replace(refused, row=dc.replace(row, refused=words))
-        trial = held[frozenset(left)]
-        self.repairs.append(frozenset(left))
-        in_order = tuple(name for name in layers if name in left)
-        return dc.replace(trial, row=dc.replace(trial.row, left_float=in_order))
+            return dc.replace(wrong, row=dc.replace(wrong.row, refused=words))
+        found = frozenset(left)
+        self.repairs.append(found)
+        in_order = tuple(name for name in layers if name in found)
+        return dc.replace(last[found], row=dc.replace(last[found].row, left_float=in_order))
 
-    def _with_float(self, layers: frozenset[str], row: Candidate) -> _Trial:
-        """The trial with `layers` left in float; without a session where it is wrong still."""
+    def _with_float(self, layers: frozenset[str], engine: str) -> _Trial:
+        """The trial of the model built again with `layers` left in float."""
         assert self.requantize is not None, "only called where layers can be left in float"
-        graph = self.requantize(self.model, layers) if layers else self.graph
-        try:
-            session = open_session(graph, engine=row.engine, threads=self.threads)
-            logits = logits_of(session, self.inputs, self.batch)
-            found = agreement(logits_of(simulate(graph, self.threads), self.inputs), logits)
-        except EngineError:
-            return _Trial(row, graph)
-        return _Trial(dc.replace(row, agreement=found), graph, session if found.right else None)
+        if not layers:
+            return self._tried(self.graph, engine, self.reference)
+        graph = self.requantize(self.model, layers)
+        return self._tried(graph, engine, logits_of(simulate(graph, self.threads), self.inputs))
 
 
 def _with_times(rows: list[Candidate], times: Mapping[str, Timing]) -> list[Candidate]:

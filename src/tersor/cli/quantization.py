@@ -96,15 +96,14 @@ def _training(
         if wrong := [flag for flag, is_given in given.items() if is_given]:
             raise SpecError(f"{wrong[0]} does nothing in mode {request.mode}; give --mode qat")
         return None
-    recipe = Finetune(
-        epochs=1.0 if epochs is None else epochs,
-        learning_rate=0.01 if learning_rate is None else learning_rate,
+    from tersor.pipeline import QAT_TRAINING
+
+    return dc.replace(
+        QAT_TRAINING,
+        epochs=QAT_TRAINING.epochs if epochs is None else epochs,
+        learning_rate=QAT_TRAINING.learning_rate if learning_rate is None else learning_rate,
         distill=0.5 if use_labels else 1.0,
-        weight_decay=0.0,
-        ema_decay=0.999,
-        compile="off",
     )
-    return dc.replace(recipe, label_smoothing=0.0)
 
 
 def _shape(

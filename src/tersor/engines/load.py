@@ -15,6 +15,7 @@ from tersor.registry import Registry
 
 FloatArray = npt.NDArray[np.float32]
 LARGEST_BYTES = 2**31 - 1  # protobuf's limit, and so that of a graph held in memory
+LARGE_BATCH = 64  # where the size does not matter: what is done once a run counts little
 
 
 class Session(Protocol):
@@ -79,6 +80,12 @@ def checked_batch(batch: Any, expected: tuple[int | None, ...], engine: str) -> 
     if len(batch) == 0:
         raise EngineError(f"{engine}: the batch is empty {batch.shape}; give one image at least")
     return np.ascontiguousarray(batch)
+
+
+def logits_of(session: Session, inputs: FloatArray, batch: int = LARGE_BATCH) -> FloatArray:
+    """Logits (N, classes) of `inputs` (N, C, H, W), run in batches of `batch` images."""
+    starts = range(0, len(inputs), batch)
+    return np.concatenate([session.run(inputs[start : start + batch]) for start in starts])
 
 
 def graph_of(model: Any, engine: str) -> onnx.ModelProto:

@@ -32,6 +32,7 @@ class OpenVinoSession:
     engine = "openvino"
     precision = "f32"
     may_be_chosen = True
+    may_crash = True
 
     def __init__(self, model: Any, threads: int) -> None:
         library = _library()

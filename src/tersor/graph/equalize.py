@@ -23,6 +23,10 @@ OF_VALUES = ("Relu", "LeakyRelu")
 OF_MAPS = (*OF_VALUES, "MaxPool", "AveragePool")
 MOST_ROUNDS = 200
 TOLERANCE = 1e-4  # of a factor: far below a code of 8 bits
+# Of the layer's largest range. A channel below does nothing; to raise it would raise its bias, and
+# with it the range of all activations.
+NEGLIGIBLE = 1e-4
+Pair = tuple[GraphLayer, GraphLayer]
 
 
 def equalize(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, str]]]:
@@ -31,7 +35,7 @@ def equalize(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, s
     A pair is a layer and the only one that reads its output, with nothing but ReLU or a pool of a
     map between. Each channel i gets s_i = sqrt(r1_i / r2_i) (Nagel 2019, eq. 11), r its largest
     magnitude in the two weights, in turns until the ranges of every pair are equal. A channel of
-    zeros on one side keeps s = 1. The given graph is untouched.
+    (nearly) zeros on one side keeps s = 1. The given graph is untouched.
     """
     pairs = _pairs(graph)
     result = onnx.ModelProto()
@@ -43,16 +47,14 @@ def equalize(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, s
         for pair in pairs
         for layer in pair
     }
-    for _ in range(MOST_ROUNDS):
-        changes = [_balance(weights[first.name], weights[second.name]) for first, second in pairs]
-        if max(changes, default=0.0) < TOLERANCE:
-            break
+    for chain in _chains(pairs):
+        _converge([(weights[first.name], weights[second.name]) for first, second in chain])
     for weight in weights.values():
         weight.write(held)
     return result, [(first.name, second.name) for first, second in pairs]
 
 
-def _pairs(graph: onnx.ModelProto) -> list[tuple[GraphLayer, GraphLayer]]:
+def _pairs(graph: onnx.ModelProto) -> list[Pair]:
     """First and second layers, in the order of computing."""
     nodes = graph.graph.node
     reads = Counter(name for node in nodes for name in node.input)
@@ -66,14 +68,13 @@ def _pairs(graph: onnx.ModelProto) -> list[tuple[GraphLayer, GraphLayer]]:
         node = nodes[first.nodes[0]]
         bias = node.input[2] if len(node.input) > 2 else ""
         channels = dims[first.weight][first.axis]
-        shared = bias and (reads[bias] > 1 or dims.get(bias) not in ([channels], [1, channels]))
-        if shared:
+        if bias and (reads[bias] > 1 or dims.get(bias) not in ([channels], [1, channels])):
             continue
         of_values = first.op in MATRIX_OPS
         value = node.output[0]
         while reads[value] == 1 and value in reader:
             index = reader[value]
-            second = owner.get(index)
+            second = owner.get(index) if nodes[index].input[0] == value else None
             if second is not None and (second.op in MATRIX_OPS) == of_values:
                 found.append((first, second))
             if nodes[index].op_type not in (OF_VALUES if of_values else OF_MAPS):
@@ -82,15 +83,37 @@ def _pairs(graph: onnx.ModelProto) -> list[tuple[GraphLayer, GraphLayer]]:
     return found
 
 
-def _balance(first: _Weight, second: _Weight) -> float:
-    """Give the channels between two layers equal ranges; the largest relative change of a factor."""
-    leaving, entering = first.out_ranges(), second.in_ranges()
-    factors = np.ones_like(leaving)
-    alive = (leaving > 0) & (entering > 0)
-    factors[alive] = np.sqrt(leaving[alive] / entering[alive])
-    first.out_factors /= factors
-    second.in_factors *= factors
-    return float(np.abs(factors - 1).max())
+def _chains(pairs: list[Pair]) -> list[list[Pair]]:
+    """The pairs by chains: a pair's second layer is the first of the next."""
+    begin = {first.name: (first, second) for first, second in pairs}
+    seconds = {second.name for _, second in pairs}
+    chains = []
+    for pair in pairs:
+        if pair[0].name not in seconds:
+            chain = [pair]
+            while (following := begin.get(chain[-1][1].name)) is not None:
+                chain.append(following)
+            chains.append(chain)
+    return chains
+
+
+def _converge(chain: list[tuple[_Weight, _Weight]]) -> None:
+    """Give the channels between the layers of each pair equal ranges, pair after pair, till it
+    holds."""
+    alive = [_alive(first.out_ranges()) & _alive(second.in_ranges()) for first, second in chain]
+    for _ in range(MOST_ROUNDS):
+        largest = 0.0
+        for (first, second), channels in zip(chain, alive, strict=True):
+            ratios = first.out_ranges()[channels] / second.in_ranges()[channels]
+            first.out_factors[channels] /= np.sqrt(ratios)
+            second.in_factors[channels] *= np.sqrt(ratios)
+            largest = max(largest, float(np.abs(np.sqrt(ratios) - 1).max(initial=0.0)))
+        if largest < TOLERANCE:
+            return
+
+
+def _alive(ranges: Factors) -> npt.NDArray[np.bool_]:
+    return ranges > NEGLIGIBLE * ranges.max()
 
 
 class _Weight:

@@ -86,7 +86,7 @@ def fake_quantize(values: torch.Tensor, step: torch.Tensor, levels: Levels) -> t
     float32: float32 values come out exactly on the grid, bfloat16 ones rounded from it as autocast would round.
     The number of values that share a step is that of one row: weights of an output channel, features of an image.
     """
-    return _FakeQuantize.apply(values, step, levels)  # type: ignore[no-any-return, no-untyped-call]
+    return _FakeQuantize.apply(values, step, levels)  # type: ignore[no-any-return]
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -113,7 +113,7 @@ class _FakeQuantize(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, Any, None]:
         slope, inside = ctx.saved_tensors
         passed = torch.empty_like(gradient) if ctx.needs_input_grad[0] else None

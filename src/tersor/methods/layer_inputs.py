@@ -7,7 +7,7 @@ multiplied with; the correction of its bias needs E[x].
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt

@@ -210,7 +210,8 @@ def prepare_(
     for name, bits in decisions.items():
         layer = _layer(module, name)
         levels = weight_levels(bits.bits, bits.code)
-        start = fitted_steps(layer.weight, levels)
+        weight: Any = layer.weight
+        start = fitted_steps(weight, levels)
         parametrize.register_parametrization(layer, "weight", LearnedStep(start, levels))
         layer.layer_bits = bits  # type: ignore[assignment]
         if name not in sources:
@@ -275,7 +276,7 @@ def strip(prepared: nn.Module) -> tuple[nn.Module, dict[str, LearnedLayer]]:
         bits: Any = layer.layer_bits
         grid = None
         if isinstance(step := getattr(layer, "input_step", None), LearnedStep):
-            layer.input_hook.remove()  # type: ignore[operator, union-attr]
+            layer.input_hook.remove()
             grid = InputGrid(step.size.item(), -step.levels.low, bits.activation_bits)
             del layer.input_step, layer.input_hook
         codes, scale = _own_weight_(layer)

@@ -19,6 +19,7 @@ from tersor.graph.qdq import (
     Affine,
     WeightCodes,
     as_matrix,
+    as_weight,
     dynamic_graph,
     shifted_biases,
     smallest_weight_scale,
@@ -33,7 +34,7 @@ from tersor.methods.sensitivity import mixed_bits, sensitivities
 from tersor.registry import did_you_mean
 from tersor.specs import LayerPlan, Plan, Quantize
 from tersor.tensors.affine import choose_affine
-from tersor.tensors.grids import fit_grid
+from tersor.tensors.grids import Grid, fit_grid
 from tersor.tensors.observers import OBSERVERS
 from tersor.tensors.rounding import NEEDS_HESSIAN, ROUNDINGS
 
@@ -129,13 +130,17 @@ def mixed_precision(
 ) -> dict[str, int]:
     """Bits of each layer that `plan` would quantize: least measured harm at spec.mean_bits."""
     names = [d.layer for d in plan(graph, spec).layers if d.action != "keep"]
-    measured = sensitivities(graph, names, MIXED_BITS, images, num_images=MIXED_IMAGES)
+
+    def fit(layer: GraphLayer, weight: FloatArray, bits: int) -> FloatArray:
+        matrix = as_matrix(weight, layer.axis)
+        grid = _grid(spec, matrix, bits)
+        return as_weight(grid.decode(grid.encode(matrix)), weight.shape, layer.axis)
+
+    measured = sensitivities(graph, names, MIXED_BITS, images, num_images=MIXED_IMAGES, fit=fit)
     return mixed_bits(measured, mean_bits=spec.mean_bits)
 
 
-def apply(
-    graph: onnx.ModelProto, plan: Plan, calibration: Iterable[FloatArray] = ()
-) -> Quantized:
+def apply(graph: onnx.ModelProto, plan: Plan, calibration: Iterable[FloatArray] = ()) -> Quantized:
     """Do what `plan` says to a copy of the float `graph`.
 
     `calibration` gives batches (N, C, H, W) float32, without labels, as the model sees them; the
@@ -150,7 +155,7 @@ def apply(
     if not chosen:
         quantized = onnx.ModelProto()
         quantized.CopyFrom(graph)
-        return Quantized(quantized, plan, _coverage(graph_layers(graph), [], spec), {}, 0)
+        return Quantized(quantized, plan, coverage_of(graph_layers(graph), [], spec), {}, 0)
     images = _first_images(calibration, spec)
     if spec.equalize:
         graph, _ = equalize(graph)
@@ -163,7 +168,7 @@ def apply(
     return Quantized(
         state.built(graph, weights),
         plan,
-        _coverage(graph_layers(graph), chosen, spec),
+        coverage_of(graph_layers(graph), chosen, spec),
         state.ranges,
         state.num_images,
     )
@@ -215,16 +220,7 @@ class _Inputs:
             inputs = [self.graph.graph.node[index].input[0] for index in layer.nodes]
             scales = [self.codes[self.activations.root[name]][0] for name in inputs]
             smallest = smallest_weight_scale(self.graph, layer, scales)
-        grid = fit_grid(
-            spec.code if bits == spec.bits else "uniform",
-            matrix,
-            bits,
-            symmetric=spec.symmetry == "symmetric",
-            granularity=spec.granularity,
-            group_size=spec.group_size,
-            search=spec.weight_search,
-            smallest=smallest,
-        )
+        grid = _grid(spec, matrix, bits, smallest)
         moments = self.moments.get(layer.name)
         second = None if moments is None else moments.second
         indexes = ROUNDINGS[spec.rounding](matrix, grid, second, seed=0)
@@ -247,6 +243,23 @@ class _Inputs:
                 graph, weights, self.activations, self.codes, self.spec.activation_bits
             )
         return (dynamic_graph if self.spec.mode == "dynamic" else weight_only_graph)(graph, weights)
+
+
+def _grid(spec: Quantize, matrix: FloatArray, bits: int, smallest: Any = 0.0) -> Grid:
+    """The grid that `spec` asks for a weight (O, K) at `bits`; other bits than spec.bits are uniform."""
+    search = spec.weight_search
+    if search == "auto":  # outliers cost little at 8 bits, and most of the codes at few
+        search = "minmax" if bits == 8 else "mse"
+    return fit_grid(
+        spec.code if bits == spec.bits else "uniform",
+        matrix,
+        bits,
+        symmetric=spec.symmetry == "symmetric",
+        granularity=spec.granularity,
+        group_size=spec.group_size,
+        search=search,
+        smallest=smallest,
+    )
 
 
 def _first_images(batches: Iterable[FloatArray], spec: Quantize) -> list[FloatArray]:
@@ -303,7 +316,7 @@ def _chosen(layers: list[GraphLayer], plan: Plan, spec: Quantize) -> list[GraphL
     return chosen
 
 
-def _coverage(layers: list[GraphLayer], chosen: list[GraphLayer], spec: Quantize) -> Coverage:
+def coverage_of(layers: list[GraphLayer], chosen: list[GraphLayer], spec: Quantize) -> Coverage:
     """Shares by layer; with weight_only the multiplications stay in float."""
     macs = sum(layer.macs for layer in layers)
     weights = sum(layer.num_weights for layer in layers)

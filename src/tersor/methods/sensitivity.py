@@ -170,9 +170,7 @@ def mixed_bits(
             f"allowed: {unknown[0]} bits were not measured; the table holds "
             f"{', '.join(str(b) for b in sorted(measured))}"
         )
-    options = {
-        name: [Option(fixed[name], float(sizes[name] * fixed[name]), 0.0)] for name in fixed
-    }
+    options = {name: [Option(fixed[name], float(sizes[name] * fixed[name]), 0.0)] for name in fixed}
     for row in sensitivity.table:
         if row.layer not in fixed and (allowed is None or row.bits in allowed):
             option = Option(row.bits, float(row.num_weights * row.bits), row.harm_kl)
@@ -260,9 +258,7 @@ class _Trial:
         return LayerHarm(layer.name, bits, kl, mse, layer.num_weights, layer.macs)
 
 
-def _advanced(
-    graph: onnx.ModelProto, start: int, stop: int, held: list[Values]
-) -> list[Values]:
+def _advanced(graph: onnx.ModelProto, start: int, stop: int, held: list[Values]) -> list[Values]:
     """The values that live before node `stop`, from those before node `start`; chunk by chunk."""
     if start == stop:
         return held

@@ -67,7 +67,7 @@ def draw(plot: Plot) -> str:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    with _settings():
+    with figure_settings():
         height = 3.6 if plot.lines else 0.95 + _bars_height(plot)
         width = LINES_INCH if plot.lines else BARS_INCH
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -92,7 +92,7 @@ def draw(plot: Plot) -> str:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def figure_settings() -> Iterator[None]:
     """matplotlib's own defaults under ours: a user's matplotlibrc must not change a report."""
     import matplotlib
 
@@ -128,12 +128,12 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
     for line in plot.lines:
         xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
         if line.reference:
-            axes.plot(xs, ys, label=_label(line.label), zorder=2, **REFERENCE)
+            axes.plot(xs, ys, label=shown_label(line.label), zorder=2, **REFERENCE)
             continue
         color = SERIES[drawn % len(SERIES)]
         marker, dash = MARKERS[drawn % len(MARKERS)], DASHES[drawn % len(DASHES)]
         style = {"color": color, "marker": marker, "linestyle": dash, **MEASURED}
-        axes.plot(xs, ys, label=_label(line.label), zorder=4, **style)
+        axes.plot(xs, ys, label=shown_label(line.label), zorder=4, **style)
         for (x, _), ends in zip(line.points, line.spans, strict=True):
             if ends:
                 axes.plot([x, x], ends, color=color, linewidth=1.1, zorder=3)
@@ -169,7 +169,7 @@ def _draw_bars(axes: Any, plot: Plot) -> None:
     step = len(plot.bars) * 0.62 + 0.95
     has_reference = False
     for number, name in enumerate(plot.categories):
-        axes.text(0, number * step - 0.42, _label(name), va="bottom", ha="left", **SMALL)
+        axes.text(0, number * step - 0.42, shown_label(name), va="bottom", ha="left", **SMALL)
         for place, series in enumerate(plot.bars):
             y = number * step + place * 0.62
             has_reference |= _draw_bar(axes, series, number, y, place, top)
@@ -204,7 +204,7 @@ def _draw_bar(axes: Any, series: Bars, number: int, y: float, place: int, top: f
     )
     end = axes.get_yaxis_transform()
     axes.text(
-        1, y, _label(series.texts[number]), va="center", ha="right", fontsize=9, transform=end
+        1, y, shown_label(series.texts[number]), va="center", ha="right", fontsize=9, transform=end
     )
     reference = series.references[number] if series.references else None
     if reference is None:
@@ -226,7 +226,7 @@ def _bars_legend(axes: Any, plot: Plot, has_reference: bool) -> None:
                     edgecolor=GROUND,
                     linewidth=0.0,
                     hatch=HATCHES[place % len(HATCHES)],
-                    label=_label(series.label),
+                    label=shown_label(series.label),
                 )
             )
     if has_reference:
@@ -247,7 +247,7 @@ def _largest(plot: Plot) -> float:
     return max(values, default=0) or 1.0
 
 
-def _label(text: str) -> str:
+def shown_label(text: str) -> str:
     """A label of one line that fits, without the leading underscore that matplotlib hides."""
     cleaned = clean(text)
     if len(cleaned) > LONGEST_LABEL:

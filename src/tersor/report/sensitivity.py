@@ -10,15 +10,14 @@ from typing import Any
 
 from tersor.report.document import Column, Document, Highlight, Line, Plot, Section, Table
 from tersor.report.figures import (
-    DASHES,
     LINES_INCH,
     MARKERS,
     MEASURED,
     REFERENCE,
-    _label,
-    _settings,
+    figure_settings,
     file_name,
     require_matplotlib,
+    shown_label,
 )
 from tersor.report.page import page
 from tersor.report.svg import GROUND, QUIET, SERIES, finished
@@ -176,7 +175,7 @@ def _drawn(plot: Plot, answer: Answer) -> str:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    with _settings():
+    with figure_settings():
         height = 1.15 + LAYER_INCH * len(plot.categories)
         figure = Figure(figsize=(LINES_INCH, height), layout="constrained")
         axes = figure.add_subplot()
@@ -209,7 +208,7 @@ def _draw_marks(axes: Any, plot: Plot) -> float:
         style["marker"] = MARKERS[place % len(MARKERS)]
         above = [(x, y) for x, y in line.points if x > 0]
         xs, ys = [x for x, _ in above], [y for _, y in above]
-        axes.plot(xs, ys, label=_label(line.label), zorder=4, **style)
+        axes.plot(xs, ys, label=shown_label(line.label), zorder=4, **style)
         if none := [y for x, y in line.points if x <= 0]:
             open_mark = {"markerfacecolor": GROUND, "markeredgecolor": style["color"]}
             axes.plot([floor] * len(none), none, zorder=5, clip_on=False, **style | open_mark)
@@ -217,7 +216,7 @@ def _draw_marks(axes: Any, plot: Plot) -> float:
         if line.reference:
             xs, ys = [max(x, floor) for x, _ in line.points], [y for _, y in line.points]
             style = {**REFERENCE, "linestyle": "none"}
-            axes.plot(xs, ys, label=_label(line.label), zorder=3, **style)
+            axes.plot(xs, ys, label=shown_label(line.label), zorder=3, **style)
     return floor
 
 
@@ -235,7 +234,7 @@ def _dress(axes: Any, plot: Plot, floor: float) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel(f"{plot.x_label} (logarithmic)")
-    names = [_label(name) for name in plot.categories]
+    names = [shown_label(name) for name in plot.categories]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     for side in ("top", "right", "left"):

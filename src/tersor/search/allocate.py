@@ -137,9 +137,7 @@ def frontier(options: Mapping[str, Sequence[Option]]) -> list[Allocation]:
     ]
 
 
-def _checked(
-    options: Mapping[str, Sequence[Option]], limit: float
-) -> dict[str, list[Option]]:
+def _checked(options: Mapping[str, Sequence[Option]], limit: float) -> dict[str, list[Option]]:
     """Each layer's options without those that another beats, by rising cost and falling harm."""
     if not options:
         raise SpecError("there are no layers to allocate to; give at least one with its options")

@@ -36,7 +36,7 @@ MOST_EXPONENTS = 31
 # Levels of a codebook with scales are at least this far apart, in units of the largest, so that a
 # level is found again from its float32 value.
 CLOSEST_LEVELS = 2.0**-20
-# Of the mean magnitude: what Li, Zhang, Liu 2016 (eq. 6) keep of a ternary weight.
+# Of the mean magnitude: what Li, Zhang, Liu 2016 keep of a ternary weight.
 TERNARY_THRESHOLD = 0.7
 ROUNDS = 3
 
@@ -61,6 +61,9 @@ class Grid:
     bits: int
 
     def __post_init__(self) -> None:
+        kinds = [str(array.dtype) for array in (self.levels, self.scale, self.zero_point)]
+        if kinds != ["float32"] * 3:
+            raise ModelError(f"levels, scale and zero point are float32, got {', '.join(kinds)}")
         count, ascending = self.levels.size, bool((np.diff(self.levels) > 0).all())
         if self.levels.ndim != 1 or not (2 <= count <= 2**self.bits <= 256 and ascending):
             raise ModelError(
@@ -201,9 +204,9 @@ def ternary(runs: Runs, bits: int, *, symmetric: bool, search: str) -> Grid:
     """Levels -1, 0, 1 (bits 2); ternary weight networks, Li, Zhang, Liu 2016.
 
     The scale is the mean magnitude of the weights kept: for search minmax those above 0.7 times the
-    mean magnitude (eq. 6), for mse those k largest whose (sum of magnitudes)^2 / k is greatest,
-    which is the exact minimum of eq. 3. The codes are the nearest levels: the least error for the
-    scale.
+    mean magnitude, their threshold; for mse those k largest whose (sum of magnitudes)^2 / k is
+    greatest, which is the exact minimum of the squared error that the threshold stands in for. The
+    codes are the nearest levels: the least error for the scale.
     """
     _require_bits("ternary", bits, 2, 2, "its levels -1, 0, 1 take 2")
     _require_symmetric("ternary", symmetric)
@@ -226,7 +229,7 @@ def ternary(runs: Runs, bits: int, *, symmetric: bool, search: str) -> Grid:
 @GRIDS.register("binary")
 def binary(runs: Runs, bits: int, *, symmetric: bool, search: str) -> Grid:
     """Levels -1, 1 (bits 1) with the mean magnitude as scale, which has the least squared error for
-    either search (Rastegari 2016, eq. 6). Zero has the code of 1."""
+    either search (Rastegari 2016, section 3.1). Zero has the code of 1."""
     _require_bits("binary", bits, 1, 1, "its levels -1, 1 take 1")
     _require_symmetric("binary", symmetric)
     scales = [
