@@ -576,12 +576,19 @@ def shared():
     return module
 
 
+def holed():
+    module = nn.Sequential(nn.Linear(4, 4))
+    nn.init.constant_(module[0].weight, float("nan"))
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "name", "told"),
     [
         (nn.Sequential(nn.Linear(4, 4)), "1", "'1' is missing"),
         (nn.Sequential(nn.BatchNorm1d(4)), "0", "'0' is a BatchNorm1d"),
         (shared(), "0", "layer '0' is computed from others or shared"),
+        (holed(), "0", "layer '0' holds NaN or infinity"),
         (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "0", "'0' is computed"),
     ],
 )

@@ -91,12 +91,12 @@ def test_gptq_halves_the_loss_where_inputs_depend_on_each_other(bits, seed):
 
 
 @LEARNED
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(seeds, st.integers(1, 5), st.integers(1, 20), st.integers(2, 8), st.integers(1, 30))
 def test_no_row_ends_worse_than_by_nearest(name, seed, rows, columns, bits, samples):
     weight, hessian = random_layer(rows, columns, seed, samples)
     grid = grid_of(weight, bits)
-    few = {"steps": 30} if name == "adaround" else {}
+    few = {"steps": 20} if name == "adaround" else {}
     codes = ROUNDINGS[name](weight, grid, hessian, **few)
     losses = row_losses(weight, grid, codes, hessian)
     plain = row_losses(weight, grid, nearest(weight, grid), hessian)
@@ -197,10 +197,9 @@ def test_the_loss_is_the_mean_squared_change_of_the_outputs():
     assert quadratic_loss(weight, weight, hessians[0]) == 0
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_adaround_is_better_than_gptq_at_few_bits_and_repeatable(bits):
+def test_adaround_is_better_than_gptq_at_few_bits_and_repeatable():
     weight, hessian = random_layer(16, 60)
-    grid = grid_of(weight, bits)
+    grid = grid_of(weight, 2)
     codes = adaround(weight, grid, hessian, seed=0)
     start = quadratic_loss(weight, grid.decode(gptq(weight, grid, hessian)), hessian)
     assert quadratic_loss(weight, grid.decode(codes), hessian) < 0.95 * start

@@ -12,7 +12,7 @@ import onnx
 from tersor.bench.choice import FLOAT, Candidate, Choice, fastest
 from tersor.bench.faults import layers_at_fault
 from tersor.bench.timing import time_sessions
-from tersor.engines import ENGINES, open_session
+from tersor.engines import ENGINES, Session, open_session
 from tersor.engines.agreement import agreement
 from tersor.engines.isolated import isolated_logits, may_crash
 from tersor.engines.load import available_cpus, logits_of
@@ -64,15 +64,17 @@ def choose_engine(
     for model, graph in graphs.items():
         trying = _Trying(model, graph, inputs, batch, threads, requantize)
         trials += [trying.on(engine) for engine in names]
-    right = {
-        f"{t.row.model} on {t.row.engine}": open_session(
-            t.graph, engine=t.row.engine, threads=threads
-        )
-        for t in trials
-        if t.right
-    }
+    sessions: dict[str, Session] = {}
+    for place, trial in enumerate(trials):
+        if trial.right:
+            try:
+                opened = open_session(trial.graph, engine=trial.row.engine, threads=threads)
+            except (EngineError, MissingExtraError) as error:  # it ran in its own process alone
+                trials[place] = trial.refused(str(error))
+            else:
+                sessions[_key(trial.row)] = opened
     shape = (inputs.shape[1], inputs.shape[2], inputs.shape[3])
-    times = time_sessions(right, shape, batch, seconds=seconds) if right else {}
+    times = time_sessions(sessions, shape, batch, seconds=seconds) if sessions else {}
     rows = _with_times([t.row for t in trials], times)
     chosen = fastest([row for row in rows if row.model != FLOAT])
     run = None if chosen is None else trials[rows.index(chosen)].graph
@@ -89,6 +91,9 @@ class _Trial:
     @property
     def right(self) -> bool:
         return self.row.agreement is not None and self.row.agreement.right
+
+    def refused(self, reason: str) -> _Trial:
+        return dc.replace(self, row=dc.replace(self.row, refused=reason))
 
 
 class _Trying:
@@ -135,8 +140,7 @@ class _Trying:
         """The trial with layers left in float so that the engine is right, or a refusal."""
         layers, engine = quantized_layers(self.graph), wrong.row.engine
         if self.requantize is None or not layers:
-            row = dc.replace(wrong.row, refused="computes another function")
-            return dc.replace(wrong, row=row)
+            return wrong.refused("computes another function")
         last: dict[frozenset[str], _Trial] = {}
 
         def is_right(chosen: frozenset[str]) -> bool:
@@ -148,8 +152,7 @@ class _Trying:
         earlier = next((s for s in self.repairs if is_right(s)), None)
         left = layers_at_fault(layers, is_right) if earlier is None else tuple(earlier)
         if left is None:
-            words = "computes another function, with its layers left in float too"
-            return dc.replace(wrong, row=dc.replace(wrong.row, refused=words))
+            return wrong.refused("computes another function, with its layers left in float too")
         found = frozenset(left)
         self.repairs.append(found)
         in_order = tuple(name for name in layers if name in found)
@@ -164,8 +167,12 @@ class _Trying:
         return self._tried(graph, engine, logits_of(simulate(graph, self.threads), self.inputs))
 
 
+def _key(row: Candidate) -> str:
+    return f"{row.model} on {row.engine}"
+
+
 def _with_times(rows: list[Candidate], times: Mapping[str, Timing]) -> list[Candidate]:
-    timed = [dc.replace(row, timing=times.get(f"{row.model} on {row.engine}")) for row in rows]
+    timed = [dc.replace(row, timing=times.get(_key(row))) for row in rows]
     best = fastest([row for row in timed if row.model == FLOAT])
     if best is None or best.median_ms is None:
         return timed

@@ -46,6 +46,8 @@ def layers_at_fault(layer_names: Sequence[str], is_right: IsRight) -> tuple[str,
 def _shortest_run(names: list[str], right: Callable[[Sequence[str]], bool]) -> list[str]:
     """A run of neighbouring layers that is right; `names` is."""
     end = _least(len(names), lambda count: right(names[:count]))
+    if end == 1:
+        return names[:1]
     start = len(names) - _least(len(names), lambda count: right(names[len(names) - count :]))
     runs = [names[:end], names[start:], names[start:end]]
     return min((run for run in runs if right(run)), key=len)

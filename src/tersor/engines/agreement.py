@@ -54,7 +54,7 @@ class Agreement:
         return self.relative <= RELATIVE_BOUND and self.same_or_tied_share >= SHARE_BOUND
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1_share:.1%}, off by {self.relative:.2%} (n = {self.num_samples})"
+        return f"top-1 {self.top1_share:.1%}, off {self.relative:.2%}"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""

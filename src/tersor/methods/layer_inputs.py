@@ -22,6 +22,7 @@ from tersor.methods.calibrate import CHUNK, checked_batches, with_outputs
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 LARGEST_INPUTS = 8192  # a second moment of this side takes 268 MB
+LARGEST_VALUE = 2.0**50  # the sums of its squares fit float32
 HELD_VALUES = 2**26  # of the layers' inputs at a time: 268 MB
 GATHERED_VALUES = 2**24  # of the columns at a time: 67 MB
 
@@ -84,10 +85,11 @@ def input_moments(
 
 def _require_finite(values: Mapping[str, FloatArray], number: int) -> None:
     for name, held in values.items():
-        if not np.isfinite(held).all():
+        if held.size and not np.abs(held).max() <= LARGEST_VALUE:  # NaN is not either
             raise DataError(
-                f"calibration batch {number}: the value {name!r} inside the model holds NaN or "
-                "infinity; the float model overflows on this input"
+                f"calibration batch {number}: the value {name!r} inside the model holds NaN, "
+                f"infinity or magnitudes above {LARGEST_VALUE:.1g}; the float model overflows on "
+                "this input"
             )
 
 

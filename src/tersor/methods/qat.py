@@ -90,7 +90,9 @@ def train_quantized(
     folded, _ = fold_copies_(prepared, torch.zeros(2, *splits.input_shape))
     graph = export_onnx(prepared, splits.input_shape)
     layers = _trainable(prepared, graph, exclude)
-    decisions = _decisions(layers, weight_bits, activation_bits, edge_bits, code)
+    every = [layer.name for layer in graph_layers(graph)]
+    edges = {every[0]: edge_bits, every[-1]: edge_bits}
+    decisions = _decisions(layers, weight_bits, activation_bits, edges, code)
     sources = input_sources(graph, [layer for layer in layers if layer.name in decisions])
     ranges, _ = observe_ranges(
         graph,
@@ -144,7 +146,7 @@ def _decisions(
     layers: Sequence[GraphLayer],
     weight_bits: int | Mapping[str, int],
     activation_bits: int,
-    edge_bits: int,
+    edges: Mapping[str, int],
     code: str,
 ) -> dict[str, LayerBits]:
     names = [layer.name for layer in layers]
@@ -157,8 +159,7 @@ def _decisions(
             )
     else:
         weight_levels(weight_bits, code)
-        bits = dict.fromkeys(names, weight_bits)
-        bits |= dict.fromkeys((names[0], names[-1]), max(weight_bits, edge_bits))
+        bits = {name: max(weight_bits, edges.get(name, 0)) for name in names}
     own = CODES.get(code, ())
     return {
         name: LayerBits(count, activation_bits, code if count in own else "uniform")
@@ -203,8 +204,8 @@ def prepare_(
     A weight gets one step for each output channel, of least squared error at the start. A layer's input gets the
     codes that cover the `ranges` of all of sources[layer] (see `input_sources`): their scale is learned, their
     zero point stays; layers with the same source share them. The input of a layer without a source stays in
-    float. Raises ModelError for a name that is no convolutional or linear layer, or whose weight is computed or
-    shared; SpecError for the bits.
+    float. Raises ModelError for a name that is no convolutional or linear layer, or whose weight is computed,
+    shared or not finite; SpecError for the bits.
     """
     steps: dict[tuple[str, ...], LearnedStep] = {}
     for name, bits in decisions.items():
@@ -252,6 +253,8 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
             f"the weight of layer {name!r} is computed from others or shared with another layer, so it has no "
             "codes of its own; exclude the layer"
         )
+    if not torch.isfinite(layer.weight).all():
+        raise ModelError(f"layer {name!r} holds NaN or infinity; load finite weights")
     return layer
 
 
