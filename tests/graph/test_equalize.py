@@ -1,5 +1,7 @@
 """Cross-layer equalization keeps the function and makes the ranges of two layers equal."""
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -69,8 +71,10 @@ class Branches(nn.Module):
 
 
 PAIRS = {
-    Chain: [("a", "depthwise"), ("depthwise", "b"), ("b", "grouped"), ("grouped", "c")]
-    + [("hidden", "head")],
+    Chain: [
+        *itertools.pairwise(["a", "depthwise", "b", "grouped", "c"]),
+        ("hidden", "head"),
+    ],
     Tokens: [("first", "second")],
     Branches: [("first", "second")],
 }

@@ -72,8 +72,8 @@ def expected_moments(module, inputs):
     seen = {}
     hooks = [
         layer.register_forward_hook(
-            lambda layer, given, _, name=name: (
-                seen.setdefault(name, []).append(columns_of(layer, given[0]))
+            lambda layer, given, _, name=name: seen.setdefault(name, []).append(
+                columns_of(layer, given[0])
             )
         )
         for name, layer in module.named_children()
@@ -156,9 +156,10 @@ def test_nodes_of_one_weight_weigh_by_their_positions_though_equally_many_are_dr
             self.conv = nn.Conv2d(1, 1, 1)
 
         def forward(self, x):
-            return self.conv(x).flatten(1) @ torch.ones(64, 4) + self.conv(3 * x[:, :, :4, :4])[
-                :, 0, 0, :4
-            ]
+            return (
+                self.conv(x).flatten(1) @ torch.ones(64, 4)
+                + self.conv(3 * x[:, :, :4, :4])[:, 0, 0, :4]
+            )
 
     graph = export_onnx(Twice().eval(), (1, 8, 8))
     (conv,) = [layer for layer in graph_layers(graph) if layer.name == "conv"]
@@ -192,7 +193,7 @@ def test_layers_without_columns_are_named(graph):
     with pytest.raises(ModelError, match=r"'1' reads 8193 inputs.*--fold-copies"):
         input_moments(exported, graph_layers(exported), [], num_images=1)
     upward = export_onnx(nn.Sequential(nn.ConvTranspose2d(3, 2, 2)), SHAPE)
-    with pytest.raises(ModelError, match="'0' has no moments.*transposed"):
+    with pytest.raises(ModelError, match=r"'0' has no moments.*transposed"):
         input_moments(upward, graph_layers(upward), [], num_images=1)
     left_open = onnx.ModelProto()
     left_open.CopyFrom(graph)
@@ -200,5 +201,5 @@ def test_layers_without_columns_are_named(graph):
     for held in [a for a in conv.attribute if a.name in ("pads", "auto_pad")]:
         conv.attribute.remove(held)
     conv.attribute.append(onnx.helper.make_attribute("auto_pad", "SAME_UPPER"))
-    with pytest.raises(ModelError, match="'stem'.*auto_pad=SAME_UPPER"):
+    with pytest.raises(ModelError, match=r"'stem'.*auto_pad=SAME_UPPER"):
         input_moments(left_open, graph_layers(left_open), [images(1)], num_images=1)

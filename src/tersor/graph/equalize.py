@@ -113,7 +113,7 @@ def _converge(chain: list[tuple[_Weight, _Weight]]) -> None:
 
 
 def _alive(ranges: Factors) -> npt.NDArray[np.bool_]:
-    return ranges > NEGLIGIBLE * ranges.max()
+    return np.asarray(ranges > NEGLIGIBLE * ranges.max())
 
 
 class _Weight:

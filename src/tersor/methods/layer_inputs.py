@@ -151,8 +151,8 @@ class _NodeSums:
         reach = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, dilations, strict=True))
         spatial = tuple(range(2, 2 + rank))
         windows = np.lib.stride_tricks.sliding_window_view(padded, reach, spatial)
-        windows = windows[(..., *(slice(None, None, d) for d in dilations))]
-        windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
+        steps = (1, 1, *strides, *dilations)
+        windows = windows[tuple(slice(None, None, step) for step in steps)]
         return np.moveaxis(windows, 1, 1 + rank)
 
     def _integers(self, name: str, default: list[int]) -> list[int]:
@@ -175,9 +175,7 @@ def _node_sums(graph: onnx.ModelProto, layer: GraphLayer) -> list[_NodeSums]:
     return [_NodeSums(node, dims, layer) for node in nodes]
 
 
-def _draw(
-    num_images: int, available: int, wanted: int, rng: np.random.Generator
-) -> IntArray:
+def _draw(num_images: int, available: int, wanted: int, rng: np.random.Generator) -> IntArray:
     """Positions (num_images, min(wanted, available)), for each image its own, none twice."""
     if wanted >= available:
         return np.tile(np.arange(available), (num_images, 1))

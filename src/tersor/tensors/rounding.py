@@ -65,7 +65,9 @@ def quadratic_loss(weight: Array, quantized: Array, hessian: Array) -> float:
 
 
 @ROUNDINGS.register("nearest")
-def nearest(weight: FloatArray, grid: Grid, hessian: Array | None = None, *, seed: int = 0) -> Codes:
+def nearest(
+    weight: FloatArray, grid: Grid, hessian: Array | None = None, *, seed: int = 0
+) -> Codes:
     """The nearest level of each weight by itself."""
     return np.asarray(grid.encode(weight), np.uint8)
 
@@ -213,7 +215,8 @@ def _upper_root(hessian: Array, order: npt.NDArray[np.intp]) -> torch.Tensor | N
         # Cholesky gives the lower factor; from the last row and column on it is the upper one.
         root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            return root.flip(0, 1)
+            upper: torch.Tensor = root.flip(0, 1)
+            return upper
         share *= 10
     raise ModelError(
         "the second moment of a layer's inputs is not positive semidefinite: its Cholesky "
@@ -224,7 +227,7 @@ def _upper_root(hessian: Array, order: npt.NDArray[np.intp]) -> torch.Tensor | N
 def _pruned(weight: FloatArray, grid: Grid) -> npt.NDArray[np.bool_]:
     """Which weights are 0 and can stay 0 on the grid."""
     zeros = np.zeros_like(weight)
-    return (weight == 0) & (grid.decode(grid.encode(zeros)) == 0)
+    return np.asarray((weight == 0) & (grid.decode(grid.encode(zeros)) == 0))
 
 
 def _best_rows(
@@ -233,7 +236,7 @@ def _best_rows(
     """For each row the candidate with the least quadratic loss, the first among equals."""
     losses = np.stack([_row_losses(weight, grid.decode(c), hessians) for c in candidates])
     best = losses.argmin(axis=0)
-    return np.stack(candidates)[best, np.arange(len(weight))]
+    return np.asarray(np.stack(candidates)[best, np.arange(len(weight))])
 
 
 def _row_losses(weight: Array, quantized: Array, hessians: Array) -> npt.NDArray[np.float64]:
