@@ -42,8 +42,10 @@ def tersor_forms(module, graph, calibration, threads):
     small = tersor.quantize(graph, tersor.Quantize(), calibration)
     seconds = time.perf_counter() - started
     for engine in ("onnxruntime", "openvino", "inductor"):
-        yield f"Tersor static int8 on {engine}", seconds, lambda e=engine: open_session(
-            small.graph, engine=e, threads=threads
+        yield (
+            f"Tersor static int8 on {engine}",
+            seconds,
+            lambda e=engine: open_session(small.graph, engine=e, threads=threads),
         )
 
 
@@ -76,8 +78,10 @@ def onnxruntime_form(module, graph, calibration, threads):
         import onnx
 
         model = onnx.load(place / "int8.onnx")
-    yield "ONNX Runtime quantize_static", time.perf_counter() - started, lambda: open_session(
-        model, engine="onnxruntime", threads=threads
+    yield (
+        "ONNX Runtime quantize_static",
+        time.perf_counter() - started,
+        lambda: open_session(model, engine="onnxruntime", threads=threads),
     )
 
 
@@ -97,7 +101,9 @@ def nncf_form(module, graph, calibration, threads):
             small, "CPU", {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         )
         request = compiled.create_infer_request()
-        return Runs("openvino", threads, lambda batch: request.infer({0: batch})[compiled.output(0)].copy())
+        return Runs(
+            "openvino", threads, lambda batch: request.infer({0: batch})[compiled.output(0)].copy()
+        )
 
     yield "NNCF on OpenVINO", seconds, opened
 
@@ -106,7 +112,9 @@ def single_relus(module):
     """The module with a function call for each ReLU: its quantizer fails where one is used twice."""
     traced = torch.fx.symbolic_trace(module.eval())
     for node in traced.graph.nodes:
-        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), torch.nn.ReLU):
+        if node.op == "call_module" and isinstance(
+            traced.get_submodule(node.target), torch.nn.ReLU
+        ):
             node.op, node.target, node.kwargs = "call_function", torch.nn.functional.relu, {}
     traced.recompile()
     return traced
@@ -172,9 +180,17 @@ def measure(name, module, splits, input_shape, calibration, options, trained):
         except Exception as error:
             forms[label] = (None, seconds, f"{type(error).__name__}: {error}"[:300])
 
-    add("float32 on PyTorch eager", 0.0, lambda: open_session(module, engine="torch", threads=threads))
+    add(
+        "float32 on PyTorch eager",
+        0.0,
+        lambda: open_session(module, engine="torch", threads=threads),
+    )
     for engine in ("onnxruntime", "openvino"):
-        add(f"float32 on {engine}", 0.0, lambda e=engine: open_session(graph, engine=e, threads=threads))
+        add(
+            f"float32 on {engine}",
+            0.0,
+            lambda e=engine: open_session(graph, engine=e, threads=threads),
+        )
     # The peers get the plain graph, as their users would give it; ours is folded by exact algebra.
     for build, source in (
         (tersor_forms, graph),
@@ -216,7 +232,9 @@ def measure(name, module, splits, input_shape, calibration, options, trained):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", nargs="*", default=[], help="NAME=FILE of a trained network")
     parser.add_argument("--untrained", nargs="*", default=["mobilenet_v2", "vit_b_16"])
@@ -238,9 +256,16 @@ def main():
     for name in options.untrained:
         module = tersor.load_model(f"torchvision:{name}", seed=0)
         few = [noise[i : i + 16] for i in range(0, 64, 16)]
-        options_here = argparse.Namespace(**{**vars(options), "batch": [b for b in options.batch if b <= 8] + [8]})
+        options_here = argparse.Namespace(
+            **{**vars(options), "batch": [b for b in options.batch if b <= 8] + [8]}
+        )
         rows += measure(name, module, splits, (3, 224, 224), few, options_here, False)
-    told = {"environment": environment(), "data": splits.name, "threads": options.threads, "rows": rows}
+    told = {
+        "environment": environment(),
+        "data": splits.name,
+        "threads": options.threads,
+        "rows": rows,
+    }
     pathlib.Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -50,13 +50,17 @@ def training(epochs):
 @pytest.mark.parametrize(
     ("code", "bits", "edge_bits"), [("uniform", 2, 8), ("ternary", 2, 0), ("binary", 1, 8)]
 )
-def test_training_without_labels_beats_rounding_afterwards(data, trained, expected, code, bits, edge_bits):
+def test_training_without_labels_beats_rounding_afterwards(
+    data, trained, expected, code, bits, edge_bits
+):
     spec = Quantize(mode="qat", code=code, bits=bits, edge_bits=edge_bits, num_calibration=NUM)
     found = quantize_network(trained, unlabelled(data), spec, training(2))
     onnx.checker.check_model(found.graph)
     assert found.plan.request == spec and found.num_calibration == NUM
     coded = [d.bits for d in found.plan.layers]
-    assert coded[1:-1] == [bits] * len(coded[1:-1]) and coded[0] == coded[-1] == max(bits, edge_bits)
+    assert coded[1:-1] == [bits] * len(coded[1:-1]) and coded[0] == coded[-1] == max(
+        bits, edge_bits
+    )
     for held in found.graph.graph.initializer:
         if held.name.endswith("weight_quantized"):
             values = np.unique(numpy_helper.to_array(held))
