@@ -88,11 +88,11 @@ class Choice:
         where = f"batch {self.batch}, {self.threads} threads"
         if self.chosen is None:
             return f"{where}: no engine here computes the right function; the model cannot be used"
-        said = f"{where}: {self.chosen.model} on {self.engine}, {self.chosen.median_ms:.3g} ms"
+        said = f"{where}: {self.chosen.model} on {self.engine}, {self.chosen.median_ms:.4g} ms"
         if self.chosen.slower_than_float:
             best = fastest([c for c in self.candidates if c.model == FLOAT])
             assert best is not None, "there is a float time to be slower than"
-            said += f"; SLOWER THAN FLOAT, which takes {best.median_ms:.3g} ms on {best.engine}"
+            said += f"; SLOWER THAN FLOAT, which takes {best.median_ms:.4g} ms on {best.engine}"
         return said
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,4 +132,4 @@ def fastest(rows: Sequence[Candidate]) -> Candidate | None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

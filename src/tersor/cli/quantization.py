@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.output import Output, say, training_watch, watching
+from tersor.cli.output import Output, say, show_table, training_watch, watching
 from tersor.cli.targets import told, writable
-from tersor.errors import SpecError
+from tersor.errors import EngineError, SpecError
 from tersor.specs import Finetune, Quantize
+
+if TYPE_CHECKING:  # slow to import, and only named here
+    import onnx
+
+    from tersor.data.arrays import Splits
+    from tersor.methods.quantize import Quantized
+
+CHOICE_IMAGES = 256  # to compare engines on
 
 
 def quantize(
@@ -28,6 +37,9 @@ def quantize(
     train_epochs: float | None = None,
     train_learning_rate: float | None = None,
     use_labels: bool = False,
+    engine: str | None = None,
+    batch: int = 1,
+    threads: int | None = None,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
     """Quantize a network or a .tersor file to codes of few bits and write it as a .tersor file.
@@ -40,6 +52,10 @@ def quantize(
         train_epochs: mode qat: epochs of training (default: 1)
         train_learning_rate: mode qat: peak of the learning rate (default: 0.01)
         use_labels: mode qat: learn from labels too, not from the float network alone
+        engine: auto: compare every engine with the simulation and time those that are right; a layer that an engine
+            gets wrong is left in float where that makes the engine the fastest. Or one engine's name, to check it
+        batch: with --engine: the batch size to check and to time at
+        threads: with --engine: threads to time on
     """
     from tersor.data import load_data
     from tersor.pipeline import needing_inputs, quantize_graph, quantize_network, resolve, write
@@ -50,7 +66,11 @@ def quantize(
     if data is None and request.needs_inputs:
         raise SpecError(f"{needing_inputs(request)} needs calibration inputs; give --data")
     splits = None if data is None else load_data(data, num_calibration=request.num_calibration)
-    float_size = 0
+    if engine is not None and splits is None:
+        raise SpecError("--engine compares engines on calibration inputs; give --data")
+    if engine is None and (batch != 1 or threads is not None):
+        raise SpecError("--batch and --threads do nothing without --engine")
+    float_size, graph = 0, None
     if training is not None:
         assert splits is not None
         module = subject.need_module("mode qat")
@@ -69,6 +89,11 @@ def quantize(
         )
         quantized = quantize_graph(graph, splits, request)
         float_size = graph.ByteSize()
+    choice = None
+    if engine is not None:
+        assert splits is not None  # checked above
+        chosen = _chosen(quantized, graph, splits, request, (engine, batch, threads), output)
+        quantized, choice = chosen
     provenance = {"model": model, "data": None if splits is None else splits.name}
     size = write(quantized.graph, target, plan=quantized.plan, provenance=provenance)
     answer = told(output, target, size, quantized.plan)
@@ -80,7 +105,51 @@ def quantize(
     )
     if training is None and size >= float_size:
         say(output, f"not smaller: the float graph has {float_size:,} bytes")
-    return {**answer, **shares}
+    return {**answer, **shares, "choice": choice}
+
+
+def _chosen(
+    quantized: Quantized,
+    graph: onnx.ModelProto | None,
+    splits: Splits,
+    request: Quantize,
+    where: tuple[str, int, int | None],
+    output: Output,
+) -> tuple[Quantized, dict[str, Any]]:
+    """The quantized form that the fastest right engine runs, and what was measured; the one given
+    where no layer has to stay in float. `where` is engine, batch, threads."""
+    from tersor.bench.choose import choose_engine
+    from tersor.pipeline import quantize_graph
+
+    engine, batch, threads = where
+    built: dict[frozenset[str], Quantized] = {frozenset(): quantized}
+
+    def requantize(_: str, left_float: frozenset[str]) -> onnx.ModelProto:
+        if left_float not in built:
+            wider = dc.replace(request, exclude=(*request.exclude, *sorted(left_float)))
+            assert graph is not None, "only called where the float graph is at hand"
+            built[left_float] = quantize_graph(graph, splits, wider)
+        return built[left_float].graph
+
+    images = splits.calibration.take(np.arange(min(CHOICE_IMAGES, len(splits.calibration))))
+    choice = choose_engine(
+        {"quantized": quantized.graph},
+        splits.normalise(images.images),
+        float_graph=graph,
+        batch=batch,
+        threads=threads,
+        engines=None if engine == "auto" else (engine,),
+        requantize=None if graph is None else requantize,
+        inputs_are=f"calibration inputs of {splits.name}",
+    )
+    show_table(output, f"engines at batch {batch}", choice.COLUMNS, choice.rows())
+    say(output, choice.verdict())
+    if choice.chosen is None:
+        raise EngineError(
+            f"no engine tried computes what was quantized ({engine}); nothing was written: use other "
+            "bits, or leave layers out with --exclude"
+        )
+    return built[frozenset(choice.chosen.left_float)], choice.to_dict()
 
 
 def _training(
