@@ -3,8 +3,7 @@
     python benchmarks/low_bits.py --data folder:DIR --model resnet18 --weights FILE --out low_bits.json
 
 Static quantization with 8-bit activations, so that every form runs on the engine's integer kernels. `seconds` is the
-time to quantize, calibration included. Rows are appended to --out as they are measured; forms that are there already are
-skipped.
+time to quantize, calibration included. Rows are appended to --out as they are measured; forms already there are kept.
 """
 
 from __future__ import annotations

@@ -8,7 +8,14 @@ from tersor.report.reference import TITLES
 MISSING = "not measured"
 NONE = "–"  # the cell cannot hold a value
 
-ENGINES = {"torch": "PyTorch eager", "torch_bf16": "PyTorch eager", "onnxruntime": "ONNX Runtime"}
+ENGINES = {
+    "torch": "PyTorch eager",
+    "torch_bf16": "PyTorch eager",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "openvino_bf16": "OpenVINO, bfloat16",
+    "simulation": "simulation",
+}
 VARIANTS = {
     "float": "float32",
     "pruned": "pruned",
