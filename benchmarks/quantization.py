@@ -41,7 +41,7 @@ def tersor_forms(module, graph, calibration, threads):
     started = time.perf_counter()
     small = tersor.quantize(graph, tersor.Quantize(), calibration)
     seconds = time.perf_counter() - started
-    for engine in ("onnxruntime", "openvino", "inductor"):
+    for engine in ("onnxruntime", "openvino"):
         yield (
             f"Tersor static int8 on {engine}",
             seconds,

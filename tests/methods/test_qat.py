@@ -415,6 +415,16 @@ def test_an_epoch_of_distillation_moves_it_to_its_teacher(digits, teacher, bits,
     )
 
 
+def test_batch_norm_ends_with_the_statistics_of_the_quantized_network(digits, teacher):
+    short = dc.replace(TINY, epochs=0.1)
+    result = train_quantized(teacher, digits, weight_bits=2, training=short)
+    ready = result.trained.module.features
+    inputs = torch.from_numpy(next(digits.batches(digits.calibration, 512)))
+    mean = run(ready[0], inputs).mean((0, 2, 3))
+    assert torch.allclose(ready[1].running_mean, mean, atol=1e-5)
+    assert torch.equal(result.module.features[1].running_mean, ready[1].running_mean)
+
+
 def test_labels_change_nothing(digits, teacher):
     short = dc.replace(TINY, epochs=0.2)
     results = [

@@ -39,11 +39,13 @@ from tersor.methods.fake_quantize import (
 )
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.learned import InputGrid, LayerBits, LearnedLayer
+from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.registry import did_you_mean
 from tersor.specs import Finetune
 from tersor.tensors.affine import choose_affine
 
 FloatArray = npt.NDArray[np.float32]
+REESTIMATE_BATCH = 128
 TRAINABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -82,8 +84,8 @@ def train_quantized(
     names layers left in float, as for quantize. Input ranges start from `num_calibration` unlabelled
     calibration inputs by the registered `observer`. `teacher` (default: `module`) gives the logits for
     training.distill. Dropout is off: it scales up the inputs of a layer, beyond the range that evaluation
-    needs. Raises as `finetune` does, SpecError for bits or patterns, ModelError for layers that cannot be
-    trained.
+    needs. At the end batch norm is re-estimated from the calibration inputs. Raises as `finetune` does,
+    SpecError for bits or patterns, ModelError for layers that cannot be trained.
     """
     prepared = copy.deepcopy(module).cpu().eval()
     # Before the weights get steps: the folded layer's codes are those of every copy.
@@ -113,7 +115,12 @@ def train_quantized(
         checkpoint_seconds=checkpoint_seconds,
         on_progress=on_progress,
     )
-    plain, learned = strip(trained.module)
+    # Means of weights and means of statistics do not belong together: 9 steps of ResNet-18 at 2 bits ended ten
+    # times nearer the teacher with this.
+    calibration = splits.batches(splits.calibration, REESTIMATE_BATCH)
+    settled = reestimate_batch_norm(trained.module, calibration, precision=training.precision)
+    trained = dc.replace(trained, module=settled)
+    plain, learned = strip(settled)
     _unfold_(plain, learned, folded)
     _set_dropout_(plain, module)
     return QatResult(plain, learned, trained)
