@@ -34,6 +34,7 @@ def small_graph():
         numpy_helper.from_array(sparse, "a.weight"),
         numpy_helper.from_array(np.array([True, False, True]), "b.flags"),
         numpy_helper.from_array(np.array([1.5, -0.0], np.float16), "c.scale"),
+        numpy_helper.from_array(np.arange(24, dtype=np.int8) % 7 - 3, "d.codes"),
     ]
     nodes = [helper.make_node("Identity", ["input"], ["output"])]
     value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in ("input", "output")]
@@ -140,7 +141,7 @@ def test_trailing_bytes_are_refused(seed, refused):
 
 
 def test_a_damaged_tensor_is_named(seed, refused):
-    assert "tensor 'c.scale' is damaged" in refused(seed[:-1] + b"\xff")
+    assert "tensor 'd.codes' is damaged" in refused(seed[:-1] + b"\xff")
     position = len(seed) - sum(map(len, disassemble(seed)[2]))
     assert "tensor 'a.weight' is damaged" in refused(
         seed[:position] + bytes([seed[position] ^ 1]) + seed[position + 1 :]
@@ -414,10 +415,8 @@ def bombs(seed):
         bomb["skeleton"]["decoded_bytes"] = len(raw_skeleton)
         bomb["plan"] = {"a": [[]] * num_lists}
         model = zlib.compress(raw_skeleton, 9)
-        return (
-            assemble(bomb, model, [bytes(size), sections[1], sections[2][:-1] + b"\x81"])[:-1]
-            + b"\1"
-        )
+        *kept, last = sections[1:]
+        return assemble(bomb, model, [bytes(size), *kept, last[:-1] + b"\x81"])[:-1] + b"\1"
 
     def graph_with(extra, size):
         """The seed's graph whose first tensor has 8 * size elements, and more fields."""

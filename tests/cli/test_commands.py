@@ -100,18 +100,20 @@ def test_dynamic_and_weight_only_need_no_data(home, capsys, tmp_path):
         assert told["size_bytes"] < full.stat().st_size
 
 
-def test_a_file_that_is_not_smaller_is_said_plainly(capsys, tmp_path):
+@pytest.mark.parametrize(("side", "larger"), [(2, True), (32, False)])
+def test_a_file_that_is_not_smaller_is_said_plainly(capsys, tmp_path, side, larger):
     (tmp_path / "tiny.py").write_text(
         "from torch import nn\n\n\ndef net():\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        f"    return nn.Sequential(nn.Flatten(), nn.Linear({side * side}, 10))\n"
     )
     code, _, captured = run(
         capsys, "quantize", f"{tmp_path / 'tiny.py'}:net", "--mode", "dynamic",
-        "--input-shape", "1", "8", "8", "--out", tmp_path / "tiny.tersor",
+        "--input-shape", "1", side, side, "--out", tmp_path / "tiny.tersor",
     )  # fmt: skip
     assert code == 0
-    said = "not smaller" in captured.out
-    assert said == ((tmp_path / "tiny.tersor").stat().st_size > 64 * 10 * 4)
+    assert ("not smaller" in captured.out) == larger
+    float_bytes = side * side * 10 * 4
+    assert ((tmp_path / "tiny.tersor").stat().st_size > float_bytes) == larger
 
 
 def test_people_get_text_and_json_gets_stdout_alone(home, capsys):

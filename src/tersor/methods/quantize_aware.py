@@ -115,13 +115,12 @@ def graph_shape(learned: LearnedGraph, layer: GraphLayer) -> tuple[int, ...]:
 def _weight_codes(
     shape: tuple[int, ...], layer: GraphLayer, learned: LearnedGraph, smallest: np.ndarray
 ) -> WeightCodes:
-    """The learned codes of a layer. A row whose scale is under `smallest` weighs less than a 2^30th
-    of its bias: it becomes zeros, so that the bias has a code."""
+    """The learned codes of a layer. A row whose scale is under `smallest` gets that scale and the
+    nearest codes to it, so that its bias fits int32; such a row is tiny beside its bias."""
     held: LearnedLayer = learned.layers[layer.name]
-    codes, scale = held.codes.copy(), held.scale.copy()
-    drowned = scale < smallest
-    codes[drowned] = 0
-    scale = np.where(drowned, smallest, scale).astype(np.float32)
+    scale = np.maximum(held.scale, smallest).astype(np.float32)
+    shrunk = held.codes * (held.scale.astype(np.float64) / scale)[:, None]
+    codes = np.where((scale > held.scale)[:, None], np.rint(shrunk), held.codes).astype(np.int8)
     levels = np.unique(codes)
     if levels.size < 2:
         levels = np.array([0, 1], np.int8)
