@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, show_table, watching
 from tersor.errors import SpecError
+
+if TYPE_CHECKING:  # slow to import, and only named here
+    from tersor.data.arrays import FloatArray, Splits
 
 AGREEMENT_IMAGES = 256  # to compare engines on
 
@@ -198,14 +201,21 @@ def _inputs(data: str | None, input_shape: tuple[int, int, int], batch: int) -> 
     """Images to compare engines on, a batch at least where there are as many, and what they are."""
     import numpy as np
 
-    count = max(AGREEMENT_IMAGES, batch)
     if data is None:
+        count = max(AGREEMENT_IMAGES, batch)
         noise = np.random.default_rng(0).standard_normal((count, *input_shape))
         return noise.astype(np.float32), "seeded noise images (give --data for real ones)"
     from tersor.data import load_data
 
-    splits = load_data(data)
-    count = min(count, len(splits.calibration))
+    return images_to_compare(load_data(data), batch)
+
+
+def images_to_compare(splits: Splits, batch: int) -> tuple[FloatArray, str]:
+    """The calibration images that engines are compared on, a batch at least where there are as
+    many, and what they are in words."""
+    import numpy as np
+
+    count = min(max(AGREEMENT_IMAGES, batch), len(splits.calibration))
     part = splits.calibration.take(np.arange(count))
     return splits.normalise(part.images), f"calibration inputs of {splits.name}"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
+from tersor.cli.measure import images_to_compare
 from tersor.cli.output import Output, say, show_table, training_watch, watching
 from tersor.cli.targets import told, writable
 from tersor.errors import EngineError, SpecError
@@ -19,8 +19,6 @@ if TYPE_CHECKING:  # slow to import, and only named here
 
     from tersor.data.arrays import Splits
     from tersor.methods.quantize import Quantized
-
-CHOICE_IMAGES = 256  # to compare engines on
 
 
 def quantize(
@@ -92,8 +90,8 @@ def quantize(
     choice = None
     if engine is not None:
         assert splits is not None  # checked above
-        chosen = _chosen(quantized, graph, splits, request, (engine, batch, threads), output)
-        quantized, choice = chosen
+        where = (engine, batch, threads)
+        quantized, choice = _chosen(quantized, graph, splits, request, where, output)
     provenance = {"model": model, "data": None if splits is None else splits.name}
     size = write(quantized.graph, target, plan=quantized.plan, provenance=provenance)
     answer = told(output, target, size, quantized.plan)
@@ -131,16 +129,16 @@ def _chosen(
             built[left_float] = quantize_graph(graph, splits, wider)
         return built[left_float].graph
 
-    images = splits.calibration.take(np.arange(min(CHOICE_IMAGES, len(splits.calibration))))
+    inputs, what = images_to_compare(splits, batch)
     choice = choose_engine(
         {"quantized": quantized.graph},
-        splits.normalise(images.images),
+        inputs,
         float_graph=graph,
         batch=batch,
         threads=threads,
         engines=None if engine == "auto" else (engine,),
         requantize=None if graph is None else requantize,
-        inputs_are=f"calibration inputs of {splits.name}",
+        inputs_are=what,
     )
     show_table(output, f"engines at batch {batch}", choice.COLUMNS, choice.rows())
     say(output, choice.verdict())

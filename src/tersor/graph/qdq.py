@@ -61,6 +61,12 @@ def as_weight(matrix: Array, shape: tuple[int, ...], axis: int) -> Array:
     return np.ascontiguousarray(np.moveaxis(matrix.reshape(first), 0, axis))
 
 
+def on_grid(weight: Array, axis: int, grid: Grid) -> FloatArray:
+    """`weight` with every element at the nearest value of `grid`, float32, same shape."""
+    matrix = grid.decode(grid.encode(as_matrix(weight, axis)))
+    return np.asarray(as_weight(matrix, weight.shape, axis), np.float32)
+
+
 def smallest_weight_scale(
     graph: onnx.ModelProto, layer: GraphLayer, input_scales: Sequence[np.float32]
 ) -> Array:

@@ -19,8 +19,8 @@ from tersor.graph.qdq import (
     Affine,
     WeightCodes,
     as_matrix,
-    as_weight,
     dynamic_graph,
+    on_grid,
     shifted_biases,
     smallest_weight_scale,
     static_graph,
@@ -132,9 +132,7 @@ def mixed_precision(
     names = [d.layer for d in plan(graph, spec).layers if d.action != "keep"]
 
     def fit(layer: GraphLayer, weight: FloatArray, bits: int) -> FloatArray:
-        matrix = as_matrix(weight, layer.axis)
-        grid = _grid(spec, matrix, bits)
-        return as_weight(grid.decode(grid.encode(matrix)), weight.shape, layer.axis)
+        return on_grid(weight, layer.axis, _grid(spec, as_matrix(weight, layer.axis), bits))
 
     measured = sensitivities(graph, names, MIXED_BITS, images, num_images=MIXED_IMAGES, fit=fit)
     return mixed_bits(measured, mean_bits=spec.mean_bits)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -25,6 +27,7 @@ from tersor.specs import Finetune, LayerPlan, Plan, Quantize
 from tersor.tensors.affine import choose_affine
 from tersor.tensors.grids import Grid
 
+Array = npt.NDArray[Any]
 CALIBRATION_BATCH = 64
 
 
@@ -95,7 +98,7 @@ def _integer_graph(learned: LearnedGraph, splits: Splits, spec: Quantize) -> Qua
     for layer in chosen:
         inputs = [activations.root[graph.graph.node[index].input[0]] for index in layer.nodes]
         smallest = smallest_weight_scale(graph, layer, [codes[root][0] for root in inputs])
-        weights.append(_weight_codes(graph_shape(learned, layer), layer, learned, smallest))
+        weights.append(_weight_codes(layer, learned, smallest))
     decided = tuple(_decision(layer, learned) for layer in layers)
     return Quantized(
         static_graph(graph, weights, activations, codes, spec.activation_bits),
@@ -106,15 +109,7 @@ def _integer_graph(learned: LearnedGraph, splits: Splits, spec: Quantize) -> Qua
     )
 
 
-def graph_shape(learned: LearnedGraph, layer: GraphLayer) -> tuple[int, ...]:
-    """The shape of the layer's weight in the graph."""
-    (held,) = [i for i in learned.graph.graph.initializer if i.name == layer.weight]
-    return tuple(held.dims)
-
-
-def _weight_codes(
-    shape: tuple[int, ...], layer: GraphLayer, learned: LearnedGraph, smallest: np.ndarray
-) -> WeightCodes:
+def _weight_codes(layer: GraphLayer, learned: LearnedGraph, smallest: Array) -> WeightCodes:
     """The learned codes of a layer. A row whose scale is under `smallest` gets that scale and the
     nearest codes to it, so that its bias fits int32; such a row is tiny beside its bias."""
     held: LearnedLayer = learned.layers[layer.name]
@@ -132,7 +127,9 @@ def _weight_codes(
         codes.shape[1],
         bits,
     )
-    return WeightCodes(layer, grid, np.searchsorted(levels, codes).astype(np.uint8), shape)
+    (weight,) = [i for i in learned.graph.graph.initializer if i.name == layer.weight]
+    indexes = np.searchsorted(levels, codes).astype(np.uint8)
+    return WeightCodes(layer, grid, indexes, tuple(weight.dims))
 
 
 def _decision(layer: GraphLayer, learned: LearnedGraph) -> LayerPlan:

@@ -19,7 +19,7 @@ from tersor.engines.onnxruntime import inference_session
 from tersor.errors import BudgetError, DataError, ModelError, SpecError
 from tersor.graph.cut import live_values, piece
 from tersor.graph.layers import GraphLayer, graph_layers
-from tersor.graph.qdq import as_matrix, as_weight
+from tersor.graph.qdq import as_matrix, on_grid
 from tersor.methods.calibrate import CHUNK, checked_batches
 from tersor.registry import did_you_mean
 from tersor.search import Option, allocate
@@ -75,7 +75,7 @@ def fit_uniform(layer: GraphLayer, weight: FloatArray, bits: int) -> FloatArray:
         group_size=matrix.shape[1],
         search="mse",
     )
-    return np.asarray(as_weight(grid.decode(grid.encode(matrix)), weight.shape, layer.axis))
+    return on_grid(weight, layer.axis, grid)
 
 
 def sensitivities(

@@ -79,16 +79,20 @@ def draw(plot: Plot) -> str:
         for side in ("top", "right") if plot.lines else ("top", "right", "bottom", "left"):
             axes.spines[side].set_visible(False)
         axes.set_axisbelow(True)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    return finished(
-        buffer.getvalue(), file_name(plot).removesuffix(".svg"), plot.title, plot.caption
+        drawn = svg_text(figure)
+    return finished(drawn, file_name(plot).removesuffix(".svg"), plot.title, plot.caption)
+
+
+def svg_text(figure: Any) -> str:
+    """`figure` as SVG, the same bytes for the same figure; inside `figure_settings`."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
     )
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -3,7 +3,6 @@ function of the command's JSON object."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from tersor.report.figures import (
     file_name,
     require_matplotlib,
     shown_label,
+    svg_text,
 )
 from tersor.report.page import page
 from tersor.report.svg import GROUND, QUIET, SERIES, finished
@@ -184,14 +184,8 @@ def _drawn(plot: Plot, answer: Answer) -> str:
         worst = {int(layer["rank"]) for layer in worst_layers(answer)}
         for tick, layer in zip(axes.get_yticklabels(), answer["layers"], strict=True):
             tick.set_fontweight("bold" if layer["rank"] in worst else "normal")
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    return finished(buffer.getvalue(), plot.key, plot.title, plot.caption)
+        drawn = svg_text(figure)
+    return finished(drawn, plot.key, plot.title, plot.caption)
 
 
 def _draw_marks(axes: Any, plot: Plot) -> float:

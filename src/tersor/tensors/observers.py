@@ -197,19 +197,23 @@ def _tail(centres: Array, bins: Counts, largest: float) -> tuple[Array, Array, A
     return ends, number, np.maximum(squares + 2 * shift * total + shift**2 * number, 0.0)
 
 
-@OBSERVERS.register("percentile")
-class Percentile:
-    """The range that leaves 0.01 % of the values outside at each end, from a histogram, for any
-    number of levels."""
-
-    share = 1e-4
+class _OnHistogram:
+    """What observers share that answer from a histogram alone."""
 
     def __init__(self, *, levels: int = LEVELS) -> None:
-        self.histogram = Histogram()
+        self.histogram = Histogram(levels=levels)
 
     def observe(self, values: Array) -> None:
         """See one batch of values."""
         self.histogram.observe(values)
+
+
+@OBSERVERS.register("percentile")
+class Percentile(_OnHistogram):
+    """The range that leaves 0.01 % of the values outside at each end, from a histogram, for any
+    number of levels."""
+
+    share = 1e-4
 
     def range(self) -> tuple[float, float]:
         """Edges of the bins in which the two percentiles fall, zero included."""
@@ -225,19 +229,12 @@ class Percentile:
 
 
 @OBSERVERS.register("mse")
-class SquaredError:
+class SquaredError(_OnHistogram):
     """The range whose codes, zero point and all, have the least squared error on a histogram.
 
     Each bin errs by the distance of its centre from the value that its code stands for, inside and
     outside alike; "histogram" takes step^2 / 12 inside, which holds for many codes only.
     """
-
-    def __init__(self, *, levels: int = LEVELS) -> None:
-        self.histogram = Histogram(levels=levels)
-
-    def observe(self, values: Array) -> None:
-        """See one batch of values."""
-        self.histogram.observe(values)
 
     def range(self) -> tuple[float, float]:
         """The best range that the search of `_cheapest_range` meets."""
@@ -245,7 +242,7 @@ class SquaredError:
 
 
 @OBSERVERS.register("entropy")
-class Entropy:
+class Entropy(_OnHistogram):
     """The range whose codes lose the least information: the least Kullback-Leibler divergence.
 
     As Migacz 2017 for calibration, with two ends and a zero point. P is the histogram inside the
@@ -253,13 +250,6 @@ class Entropy:
     inside alone: the counts that share a code are spread evenly over their bins that are not empty.
     The cost is sum P log(P / Q), both divided by their sums. Exact zeros take no part.
     """
-
-    def __init__(self, *, levels: int = LEVELS) -> None:
-        self.histogram = Histogram(levels=levels)
-
-    def observe(self, values: Array) -> None:
-        """See one batch of values."""
-        self.histogram.observe(values)
 
     def range(self) -> tuple[float, float]:
         """The best range that the search of `_cheapest_range` meets."""
