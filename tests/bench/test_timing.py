@@ -1,5 +1,8 @@
 """Order, counts and arithmetic of timing, on sessions that move a clock of their own."""
 
+import collections
+import itertools
+
 import numpy as np
 import pytest
 
@@ -44,10 +47,27 @@ def make(clock, costs):
     return log, {name: FakeSession(name, clock, log, c) for name, c in costs.items()}
 
 
-def test_rounds_are_interleaved_and_rotated_after_the_warm_up(clock):
+def rounds_of(clock, repeats):
     log, sessions = make(clock, {"A": [1], "B": [1], "C": [1]})
-    time_sessions(sessions, (1, 2, 2), 2, repeats=4, warmup=2)
-    assert "".join(log) == "AABBCC" + "ABC" + "BCA" + "CAB" + "ABC"
+    time_sessions(sessions, (1, 2, 2), 2, repeats=repeats, warmup=2)
+    assert log[:6] == list("AABBCC")
+    return ["".join(log[i : i + 3]) for i in range(6, len(log), 3)]
+
+
+def test_after_the_warm_up_every_round_runs_each_session_once(clock):
+    rounds = rounds_of(clock, 40)
+    assert len(rounds) == 40 and {"".join(sorted(r)) for r in rounds} == {"ABC"}
+
+
+def test_no_session_always_runs_after_the_same_neighbour(clock):
+    following = collections.Counter(itertools.pairwise("".join(rounds_of(clock, 300))))
+    for name in "ABC":
+        before = [following[other, name] for other in "ABC" if other != name]
+        assert min(before) > 0.8 * max(before)
+
+
+def test_the_order_of_the_rounds_is_seeded(clock):
+    assert rounds_of(clock, 20) == rounds_of(clock, 20)
 
 
 def test_warm_up_runs_are_discarded(clock):

