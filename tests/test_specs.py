@@ -73,7 +73,7 @@ BAD = [
     (Prune, "sparsity", [-0.1, 1, 1.5, math.nan, "half", None]),
     (Prune, "floor", [-1, 2, math.nan, "low"]),
     (Prune, "scope", ["layers", "", None, 3]),
-    (Prune, "structure", ["filter", 7]),
+    (Prune, "structure", ["filters", 7]),
     (Quantize, "mode", ["statik", None, 1]),
     (Quantize, "granularity", ["per_chanel", 0]),
     (Quantize, "bits", [0, 9, 16, "8", math.nan]),

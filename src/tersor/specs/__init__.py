@@ -1,0 +1,25 @@
+"""What the user asks for: frozen, comparable, JSON round trip, no tensors.
+
+A spec is a request (`Prune`, `Quantize`, `Finetune`, `Recipe`); a `Plan` is the answer of a method:
+one decision per layer, which can be printed, saved and applied again to a fresh instance.
+"""
+
+from tersor.specs.finetune import Finetune
+from tersor.specs.plan import LayerPlan, Plan, Recipe
+from tersor.specs.prune import Prune
+from tersor.specs.quantize import GRANULARITIES, WEIGHT_CODES, Quantize
+from tersor.specs.spec import KINDS, Spec, from_dict
+
+__all__ = [
+    "GRANULARITIES",
+    "KINDS",
+    "WEIGHT_CODES",
+    "Finetune",
+    "LayerPlan",
+    "Plan",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Spec",
+    "from_dict",
+]
