@@ -80,6 +80,7 @@ BAD = [
     (Quantize, "activation_bits", [1, 9, "8"]),
     (Quantize, "edge_bits", [-1, 9, None]),
     (Quantize, "mean_bits", [-1.0, 0.5, 9.0, math.nan, "x"]),
+    (Quantize, "code_bytes", [-1, 0.5, "small", None]),
     (Quantize, "code", ["linear", None]),
     (Quantize, "symmetry", ["odd", True]),
     (Quantize, "activation_symmetry", ["odd", None]),

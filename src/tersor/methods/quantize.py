@@ -76,9 +76,9 @@ class Quantized:
 def quantize(
     graph: onnx.ModelProto, spec: Quantize, calibration: Iterable[FloatArray] = ()
 ) -> Quantized:
-    """`plan`, then `apply`; with spec.mean_bits the bits are chosen by measured sensitivity first."""
+    """`plan`, then `apply`; where spec.is_mixed the bits are chosen by measured sensitivity first."""
     images = _first_images(calibration, spec)
-    bits = mixed_precision(graph, spec, images) if spec.mean_bits else None
+    bits = mixed_precision(graph, spec, images) if spec.is_mixed else None
     return apply(graph, plan(graph, spec, bits), images)
 
 
@@ -128,13 +128,16 @@ def _edges(layers: list[GraphLayer], spec: Quantize) -> dict[str, int]:
 def mixed_precision(
     graph: onnx.ModelProto, spec: Quantize, images: Iterable[FloatArray]
 ) -> dict[str, int]:
-    """Bits of each layer that `plan` would quantize: least measured harm at spec.mean_bits."""
+    """Bits of each layer that `plan` would quantize: least measured harm within spec.mean_bits or
+    spec.code_bytes."""
     names = [d.layer for d in plan(graph, spec).layers if d.action != "keep"]
 
     def fit(layer: GraphLayer, weight: FloatArray, bits: int) -> FloatArray:
         return on_grid(weight, layer.axis, _grid(spec, as_matrix(weight, layer.axis), bits))
 
     measured = sensitivities(graph, names, MIXED_BITS, images, num_images=MIXED_IMAGES, fit=fit)
+    if spec.code_bytes:
+        return mixed_bits(measured, size_bytes=spec.code_bytes)
     return mixed_bits(measured, mean_bits=spec.mean_bits)
 
 

@@ -20,7 +20,8 @@ class Quantize(Spec, kind="quantize"):
                  qat: static, with weights and steps learned by training first (needs a network).
     bits         of a weight, 1 to 8; `activation_bits` of an activation, 2 to 8.
     mean_bits    above 0: mixed precision; bits of each layer are chosen by measured sensitivity so
-                 that a weight takes that many on average, at most.
+                 that a weight takes that many on average, at most. `code_bytes` above 0 is the same
+                 limit as the bytes of all codes.
     edge_bits    bits of the first and of the last layer, where `bits` is fewer; 0: no exception.
     code         uniform (evenly spaced), codebook (k-means), power_of_two, ternary, binary.
     symmetry     of weights, `activation_symmetry` of activations: symmetric or asymmetric.
@@ -35,6 +36,7 @@ class Quantize(Spec, kind="quantize"):
     bits: int = 8
     activation_bits: int = 8
     mean_bits: float = 0.0
+    code_bytes: int = 0
     edge_bits: int = 8
     code: str = "uniform"
     symmetry: str = "symmetric"
@@ -65,6 +67,10 @@ class Quantize(Spec, kind="quantize"):
             self.mean_bits == 0 or 1 <= self.mean_bits <= 8,
             f"quantize.mean_bits must be 0 (the same bits everywhere) or 1 to 8, got {self.mean_bits}",
         )
+        require(
+            self.code_bytes >= 0,
+            f"quantize.code_bytes must be 0 (no limit) or more, got {self.code_bytes}",
+        )
         for name in ("group_size", "num_calibration"):
             value = getattr(self, name)
             require(value >= 1, f"quantize.{name} must be at least 1, got {value}")
@@ -82,8 +88,13 @@ class Quantize(Spec, kind="quantize"):
             self.mode in ("static", "qat")
             or self.rounding != "nearest"
             or self.bias_correction
-            or self.mean_bits > 0
+            or self.is_mixed
         )
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the bits of each layer are chosen by measured sensitivity."""
+        return self.mean_bits > 0 or self.code_bytes > 0
 
 
 def _refuse_contradictions(spec: Quantize) -> None:
@@ -129,8 +140,13 @@ def _refuse_contradictions(spec: Quantize) -> None:
         "not evenly spaced: use nearest or gptq",
     )
     require(
-        spec.mean_bits == 0 or spec.code == "uniform",
-        f"quantize.mean_bits chooses between bits of code uniform, got code {spec.code}",
+        not spec.is_mixed or spec.code == "uniform",
+        f"quantize.mean_bits and code_bytes choose between bits of code uniform, got code {spec.code}",
+    )
+    require(
+        spec.mean_bits == 0 or spec.code_bytes == 0,
+        "quantize.mean_bits and quantize.code_bytes are one limit said in two ways; give one, got "
+        f"{spec.mean_bits:g} and {spec.code_bytes}",
     )
     require(
         spec.mode in ("static", "qat") or spec.activation_bits == 8,
