@@ -21,7 +21,7 @@ from tersor.methods.sensitivity import mixed_bits, sensitivities
 from tersor.pipeline import calibration_batches, deployment_graph
 
 UNIFORM_BITS = (2, 3, 4, 5, 6, 8)
-MEAN_BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)
+MEAN_BITS = (2.5, 3.0, 3.5, 4.0, 5.0)
 NUM_CALIBRATION = 512
 
 

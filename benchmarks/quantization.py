@@ -29,6 +29,7 @@ from tersor.engines import open_session
 from tersor.pipeline import deployment_graph
 
 NUM_CALIBRATION = 512
+TOOLS = ("tersor", "onnxruntime", "nncf", "pytorch", "torchao")
 SLOW_FLOATS = ("float32 on PyTorch eager", "float32 on openvino")
 
 
@@ -43,7 +44,7 @@ def tersor_forms(module, graph, calibration, threads):
     started = time.perf_counter()
     small = tersor.quantize(graph, tersor.Quantize(), calibration)
     seconds = time.perf_counter() - started
-    for engine in ("onnxruntime", "openvino", "openvino_streams"):
+    for engine in ("onnxruntime", "openvino", "openvino_streams", "openvino_bf16"):
         yield (
             f"Tersor static int8 on {engine}",
             seconds,
@@ -220,13 +221,15 @@ def measure(name, module, splits, input_shape, calibration, options, trained):
             lambda e=engine: open_session(graph, engine=e, threads=threads),
         )
     # The peers get the plain graph, as their users would give it; ours is folded by exact algebra.
-    for build, source in (
-        (tersor_forms, graph),
-        (onnxruntime_form, plain),
-        (nncf_form, plain),
-        (pytorch_forms, plain),
-        (inductor_form, plain),
+    for tool, build, source in (
+        ("tersor", tersor_forms, graph),
+        ("onnxruntime", onnxruntime_form, plain),
+        ("nncf", nncf_form, plain),
+        ("pytorch", pytorch_forms, plain),
+        ("torchao", inductor_form, plain),
     ):
+        if tool not in options.tools:
+            continue
         try:
             for each in build(module, source, calibration, threads):
                 add(*each)
@@ -269,6 +272,7 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", nargs="*", default=[], help="NAME=FILE of a trained network")
     parser.add_argument("--untrained", nargs="*", default=["mobilenet_v2", "vit_b_16"])
+    parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=2)

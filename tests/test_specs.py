@@ -89,6 +89,7 @@ BAD = [
     (Quantize, "rounding", ["up", None]),
     (Quantize, "equalize", ["yes", 1, None]),
     (Quantize, "bias_correction", ["yes", 0, None]),
+    (Quantize, "reestimate", ["yes", 1, None]),
     (Quantize, "num_calibration", [0, -1, "many", math.nan]),
     (Finetune, "epochs", [0, -1, math.nan, math.inf, "ten", None]),
     (Finetune, "learning_rate", [0, -0.1, math.nan, "fast"]),

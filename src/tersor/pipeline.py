@@ -220,7 +220,7 @@ def needing_inputs(spec: Quantize) -> str:
         return f"mode {spec.mode}"
     if spec.rounding != "nearest":
         return f"rounding {spec.rounding}"
-    return "bias correction" if spec.bias_correction else "mixed precision"
+    return "a correction of moments" if spec.corrects else "mixed precision"
 
 
 def write(

@@ -163,6 +163,7 @@ def test_stored_codes_decode_to_the_fitted_grid_bit_for_bit(graph, spec):
         (dict(code="ternary", bits=2, mean_bits=3.0), "choose between bits of code uniform"),
         (dict(mode="qat", rounding="gptq"), "takes no other rounding"),
         (dict(mean_bits=9.0), "0 .* or 1 to 8"),
+        (dict(reestimate=True, granularity="per_tensor"), "scale of each output channel"),
         (dict(mean_bits=4.0, code_bytes=1000), "one limit said in two ways"),
         (dict(equalize=1), "true or false"),
         (dict(rounding="gtpq"), "Did you mean 'gptq'"),
@@ -303,7 +304,9 @@ def test_codes_of_few_bits_make_small_files(graph):
         assert sum(row["size_bytes"] for row in coded) <= weights * least / 8 + 3 * len(coded)
 
 
-@pytest.mark.parametrize("fields", [dict(rounding="gptq"), dict(bias_correction=True)])
+@pytest.mark.parametrize(
+    "fields", [dict(rounding="gptq"), dict(bias_correction=True), dict(reestimate=True)]
+)
 def test_unlabelled_inputs_are_asked_for_where_they_are_needed(graph, fields):
     assert Quantize(mode="weight_only", **fields).needs_inputs
     assert not Quantize(mode="weight_only").needs_inputs

@@ -30,6 +30,8 @@ class Quantize(Spec, kind="quantize"):
                  at 8 bits, mse at fewer.
     rounding     nearest; gptq and adaround use calibration inputs, no labels.
     equalize     cross-layer equalization before; `bias_correction` after. Both need no labels.
+    reestimate   batch-norm re-estimation where batch norms are folded: the variance of every output
+                 channel is brought back to that of the float layer too. No labels.
     """
 
     mode: str = "static"
@@ -48,6 +50,7 @@ class Quantize(Spec, kind="quantize"):
     rounding: str = "nearest"
     equalize: bool = False
     bias_correction: bool = False
+    reestimate: bool = False
     num_calibration: int = 512
     exclude: tuple[str, ...] = ()
 
@@ -74,7 +77,7 @@ class Quantize(Spec, kind="quantize"):
         for name in ("group_size", "num_calibration"):
             value = getattr(self, name)
             require(value >= 1, f"quantize.{name} must be at least 1, got {value}")
-        for name in ("equalize", "bias_correction"):
+        for name in ("equalize", "bias_correction", "reestimate"):
             value = getattr(self, name)
             require(
                 isinstance(value, bool), f"quantize.{name} must be true or false, got {value!r}"
@@ -87,9 +90,14 @@ class Quantize(Spec, kind="quantize"):
         return (
             self.mode in ("static", "qat")
             or self.rounding != "nearest"
-            or self.bias_correction
+            or self.corrects
             or self.is_mixed
         )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the moments of layers' outputs are brought back after rounding."""
+        return self.bias_correction or self.reestimate
 
     @property
     def is_mixed(self) -> bool:
@@ -147,6 +155,12 @@ def _refuse_contradictions(spec: Quantize) -> None:
         spec.mean_bits == 0 or spec.code_bytes == 0,
         "quantize.mean_bits and quantize.code_bytes are one limit said in two ways; give one, got "
         f"{spec.mean_bits:g} and {spec.code_bytes}",
+    )
+    require(
+        not spec.reestimate or (spec.granularity != "per_tensor" and spec.mode != "qat"),
+        "quantize.reestimate changes the scale of each output channel, which per_tensor does not "
+        "have and qat has learned, got granularity "
+        f"{spec.granularity}, mode {spec.mode}: use bias_correction or granularity per_channel",
     )
     require(
         spec.mode in ("static", "qat") or spec.activation_bits == 8,
