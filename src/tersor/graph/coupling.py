@@ -1,173 +1,232 @@
-"""Which slices of which parameters can only be removed together, in any network that runs.
+"""Which slices of which parameters can only be removed together, in any network that runs: found, then proven.
 
-A unit is the smallest piece that can go: one output channel with its row of the weight, its entries in batch norms,
-and the columns that read it everywhere. Units that lie in the same places form a group.
+What the trace says is checked on a twin of the network with random weights in float64: with half the units of a group
+removed it must compute what the masked network computes. Masked means that the values of a removed channel are
+multiplied by zero just before each product or sum that reads them. A group that fails, for instance because a size
+stands as a number in the user's forward, stays, with the error as its reason.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses as dc
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves, tree_map
 
-from tersor.graph.labels import STAYS, Nodes
-from tersor.graph.rules import RULES
-from tersor.graph.trace import Choices, Tracer, trace
+from tersor.errors import ModelError
+from tersor.graph import movement, products, rules  # noqa: F401  they register what operations do
+from tersor.graph.groups import Coupling, Frozen, Group, Removed, grouped
+from tersor.graph.surgery import lines_of, removed
+from tersor.graph.trace import Choices, Tracer, run
 
-from tersor.graph import movement  # noqa: F401, I001  registers its rules
-
-assert RULES
+PROVEN = 1e-10  # largest relative distance of outputs, in float64
 
 
-@dc.dataclass(frozen=True, eq=False)
-class Member:
-    """Slices of one tensor along one axis: `index` (num_units, k) int64 holds the k indices of each unit.
+def coupled_groups(module: nn.Module, example: Any) -> Coupling:
+    """The groups of `module` and the channels that stay, each with its reason.
 
-    `role` is "output" where the slices make the unit's values, "input" where they read them, else "along".
+    `example` is an input tensor, or a tuple of inputs, small and of a legal size; the module runs on it as it is, in
+    eval mode, so control flow is followed as this input goes. Parameters that are read in training only are labelled
+    by a second run. Raises ModelError where the module does not run on the example.
     """
-
-    name: str
-    axis: int
-    index: Nodes
-    role: str
-
-
-@dc.dataclass(frozen=True, eq=False)
-class Group:
-    """Units with slices in the same places. `name` is the layer (or parameter) that makes them."""
-
-    name: str
-    num_units: int
-    members: tuple[Member, ...]
-    nodes: Nodes  # (num_units,): the component of each unit
-
-
-@dc.dataclass(frozen=True)
-class Frozen:
-    """Channels that stay: those of `name` along `axis`, how many, and why."""
-
-    name: str
-    axis: int
-    count: int
-    reason: str
-
-
-@dc.dataclass(frozen=True, eq=False)
-class Coupling:
-    """All groups of a network in the order of its parameters, and the channels that stay."""
-
-    groups: tuple[Group, ...]
-    frozen: tuple[Frozen, ...]
-    tracer: Tracer
-    component: Nodes
-
-    def kept(self, removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Nodes]:
-        """(tensor, axis) -> indices that stay, for the units `removed` of each group by its name."""
-        gone: dict[tuple[str, int], list[Nodes]] = {}
-        for group in self.groups:
-            units = np.asarray(removed.get(group.name, ()), np.int64)
-            for member in group.members if len(units) else ():
-                gone.setdefault((member.name, member.axis), []).append(member.index[units].ravel())
-        sizes = {
-            (name, axis): end - start
-            for (name, axis), start, end in zip(
-                self.tracer.ties.places,
-                self.tracer.ties.starts,
-                [*self.tracer.ties.starts[1:], self.tracer.ties.num_nodes],
-                strict=True,
-            )
+    found = label(module, example)
+    twin, inputs = random_twin(module), tree_map(_double, example)
+    bad = _Proof(twin, inputs, found).failing()
+    tried: dict[str, int] = {}
+    while bad:
+        # Another answer at a place where labels could lie on one of several axes may do.
+        nodes = np.isin(found.component, np.concatenate([found[name].nodes for name in bad]))
+        open_sites = {
+            site.place: site
+            for site in found.sites
+            if nodes[site.nodes].any() and tried.get(site.place, 0) + 1 < site.answers
         }
-        return {
-            place: np.setdiff1d(np.arange(sizes[place]), np.concatenate(indices))
-            for place, indices in gone.items()
-        }
-
-    def nodes_of(self, removed: Mapping[str, Sequence[int]]) -> npt.NDArray[np.bool_]:
-        """(num_nodes,) bool: which nodes go."""
-        gone = np.zeros(self.tracer.ties.num_nodes, bool)
-        for group in self.groups:
-            units = np.asarray(removed.get(group.name, ()), np.int64)
-            gone |= np.isin(self.component, group.nodes[units])
-        return gone
-
-    def macs(self, removed: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Multiplications of the products of one run on the example, without the units `removed`."""
-        left = ~self.nodes_of(removed or {})
-        total = 0
-        for product in self.tracer.ties.products:
-            count = product.constant
-            for nodes in product.axes:
-                count *= int(left[nodes].sum())
-            total += count
-        return total
+        if not open_sites:
+            break
+        tried.update({place: tried.get(place, 0) + 1 for place in open_sites})
+        other = label(module, example, {**found.choices, **tried})
+        failing = _Proof(twin, inputs, other).failing()
+        if _weight(other, failing) > _weight(found, bad):
+            found, bad = other, failing
+    return _without(found, bad)
 
 
-def coupled(module: nn.Module, example: Any, choices: Choices | None = None) -> Coupling:
-    """The groups of a copy of `module` in eval mode, from one run on `example`; not yet proven."""
-    tracer, _ = trace(copy.deepcopy(module).eval(), example, choices)
-    ties = tracer.ties
-    component, reasons = ties.components()
-    source = np.zeros(ties.num_nodes, bool)
-    for nodes in ties.sources:
-        source[nodes] = True
-    source[STAYS] = False
-    live = np.zeros(ties.num_nodes, bool)  # by component
-    live[component[source]] = True
-    stays = np.zeros(ties.num_nodes, bool)
-    stays[list(reasons)] = True
-    frozen = _frozen(tracer, component, source, reasons)
-    groups = _groups(tracer, component, source, live & ~stays)
-    return Coupling(groups, frozen, tracer, component)
+def label(module: nn.Module, example: Any, choices: Choices | None = None) -> Coupling:
+    """The groups that one trace of a copy of `module` says there are; not proven."""
+    twin = copy.deepcopy(module).eval()
+    tracer = Tracer(twin, choices or {})
+    try:
+        tracer.run(example)
+    except Exception as error:
+        within = f" (in {tracer.within[-1]!r})" if tracer.within[-1] else ""
+        raise ModelError(
+            f"{type(module).__name__} does not run on the example{within}: {_words(error)}; give an example input of "
+            "a legal size"
+        ) from error
+    trained = _label_training(tracer, twin, example) if tracer.unseen else False
+    return dc.replace(grouped(tracer), trained=trained)
 
 
-def _groups(
-    tracer: Tracer, component: Nodes, source: npt.NDArray[np.bool_], free: npt.NDArray[np.bool_]
-) -> tuple[Group, ...]:
-    ties = tracer.ties
-    nodes = np.flatnonzero(free[component])
-    nodes = nodes[nodes != STAYS]
-    places = np.searchsorted(np.asarray(ties.starts), nodes, side="right") - 1
-    held: dict[int, list[tuple[int, int]]] = {}
-    for node, place in zip(nodes.tolist(), places.tolist(), strict=True):
-        held.setdefault(int(component[node]), []).append((place, node - ties.starts[place]))
-    by_places: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for unit, slices in held.items():
-        counts: dict[int, int] = {}
-        for place, _ in slices:
-            counts[place] = counts.get(place, 0) + 1
-        by_places.setdefault(tuple(sorted(counts.items())), []).append(unit)
-    made = {p for p in np.searchsorted(np.asarray(ties.starts), np.flatnonzero(source), side="right") - 1}
-    groups: list[Group] = []
-    taken: set[str] = set()
-    for signature, units in by_places.items():
-        members = []
-        for place, _ in signature:
-            index = np.array([[i for p, i in held[unit] if p == place] for unit in units], np.int64)
-            name, axis = ties.places[place]
-            siblings = [p for p, (other, _) in enumerate(ties.places) if other == name and p != place]
-            role = "output" if place in made else "input" if made & set(siblings) else "along"
-            members.append(Member(name, axis, index, role))
-        name = next(m.name for m in members if m.role == "output").removesuffix(".weight")
-        while name in taken:
-            name += "+"
-        taken.add(name)
-        groups.append(Group(name, len(units), tuple(members), np.asarray(units, np.int64)))
-    return tuple(groups)
+def _label_training(tracer: Tracer, twin: nn.Module, example: Any) -> bool:
+    """A second run, in training mode, for what evaluation does not read (auxiliary heads)."""
+    counted, tracer.within[:], tracer.counts[:] = list(tracer.ties.products), [""], [0]
+    try:
+        tracer.module = twin.train()
+        tracer.run(tree_map(_twice, example))
+    except Exception:  # what training alone reads cannot be coupled then: it is not touched
+        return False
+    finally:
+        tracer.ties.products = counted
+    return True
 
 
-def _frozen(
-    tracer: Tracer, component: Nodes, source: npt.NDArray[np.bool_], reasons: dict[int, list[str]]
-) -> tuple[Frozen, ...]:
-    ties = tracer.ties
-    found: dict[tuple[int, str], int] = {}
-    for node in np.flatnonzero(source).tolist():
-        if int(component[node]) in reasons:
-            place = int(np.searchsorted(np.asarray(ties.starts), node, side="right")) - 1
-            key = (place, reasons[int(component[node])][0])
-            found[key] = found.get(key, 0) + 1
-    return tuple(Frozen(*ties.places[place], count, why) for (place, why), count in found.items())
+def masked(module: nn.Module, example: Any, found: Coupling, units: Removed) -> Any:
+    """What `module` gives in eval mode when the values of the removed units are multiplied by zero just before each
+    product or sum that reads them."""
+    twin = copy.deepcopy(module).eval()
+    tracer = Tracer(twin, found.choices, found.nodes_of(units))
+    return tracer.run(example)
+
+
+def random_twin(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A float64 copy in eval mode with random parameters and batch-norm statistics of ordinary size: no trained zero
+    hides a fault."""
+    twin = copy.deepcopy(module).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(tensor: Tensor, scale: float, mean: float, uniform: bool = False) -> None:
+        draw = torch.rand if uniform else torch.randn
+        noise = draw(tensor.shape, generator=generator, dtype=tensor.dtype)
+        tensor.copy_((noise * scale + mean).to(tensor.device))
+
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim > 1:
+                fill(parameter, 1 / max(parameter[0].numel(), 1) ** 0.5, 0.0)
+            else:
+                fill(parameter, 0.3, 0.5)
+        for part in twin.modules():
+            if isinstance(part, _NormBase) and part.running_mean is not None:
+                fill(part.running_mean, 0.3, 0.0)
+                if part.running_var is not None:
+                    fill(part.running_var, 1.0, 0.5, uniform=True)
+    return twin
+
+
+def half_of(group: Group, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Half of the units, at random; one stays at least."""
+    rng = np.random.default_rng([seed, group.num_units])
+    return np.sort(rng.permutation(group.num_units)[: group.num_units // 2])
+
+
+class _Proof:
+    """Tests of groups on the twin, by halves, so that few bad ones among many cost few runs."""
+
+    def __init__(self, twin: nn.Module, example: Any, found: Coupling) -> None:
+        self.twin, self.example, self.found = twin, example, found
+
+    def failing(self) -> dict[str, str]:
+        """The groups that cannot be removed, and why."""
+        proven: list[Group] = []
+        bad: dict[str, str] = {}
+        pending = [list(self.found.groups)]
+        while pending:
+            batch = [group for group in pending.pop() if group.name not in bad]
+            if not batch:
+                continue
+            problem = self.problem([*proven, *batch])
+            if problem is None:
+                proven += batch
+            elif len(batch) == 1:
+                bad[batch[0].name] = problem
+                peers = [g for g in self._peers(batch[0]) if g.name not in bad and g not in proven]
+                if peers and (again := self.problem([*proven, *peers])) is not None:
+                    bad.update({peer.name: again for peer in peers})
+            else:
+                middle = len(batch) // 2
+                pending += [batch[middle:], batch[:middle]]
+        return bad
+
+    def _peers(self, group: Group) -> list[Group]:
+        """Groups at the same place in other instances of the class of module that holds the layer."""
+        owner, _, own = group.name.rpartition(".")
+        if not owner:
+            return []
+        kind = type(self.twin.get_submodule(owner))
+        if kind.__module__.startswith("torch.nn."):
+            return []
+        return [
+            other
+            for other in self.found.groups
+            if other is not group
+            and other.name.rpartition(".")[2] == own
+            and type(self.twin.get_submodule(other.name.rpartition(".")[0])) is kind
+        ]
+
+    def problem(self, groups: list[Group]) -> str | None:
+        """Why half of these groups cannot go together, or None where they can."""
+        units = {group.name: half_of(group) for group in groups if group.num_units > 1}
+        smaller = removed(self.twin, lines_of(self.twin, self.found.kept(units)))
+        try:
+            outputs = tree_leaves(run(smaller, self.example))
+            if self.found.trained:
+                run(copy.deepcopy(smaller).train(), tree_map(_twice, self.example))
+        except Exception as error:
+            return f"without it the network does not run: {_words(error)}"
+        expected = tree_leaves(masked(self.twin, self.example, self.found, units))
+        for one, other in zip(outputs, expected, strict=True):
+            if isinstance(one, Tensor) and not _same(one, other):
+                return "without it the network computes something else"
+        return None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    size = float(other.abs().max()) if other.numel() else 0.0
+    return bool(torch.isfinite(one).all()) and bool((one - other).abs().max() <= PROVEN * size)
+
+
+def _weight(found: Coupling, bad: dict[str, str]) -> int:
+    """Elements that the good groups could remove, to compare two answers."""
+    total = 0
+    for group in found.groups:
+        if group.name not in bad:
+            total += sum(member.index.size for member in group.members)
+    return total
+
+
+def _without(found: Coupling, bad: dict[str, str]) -> Coupling:
+    """Move the groups that failed to what stays."""
+    frozen = list(found.frozen)
+    for group in found.groups:
+        if group.name in bad:
+            frozen += [
+                Frozen(member.name, member.axis, member.index.size, bad[group.name])
+                for member in group.members
+                if member.role == "output"
+            ]
+    return dc.replace(
+        found, groups=tuple(g for g in found.groups if g.name not in bad), frozen=tuple(frozen)
+    )
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _twice(value: Any) -> Any:
+    """A batch of two where there was one: batch norm in training needs more than one value."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1:
+        return torch.cat([value, value.roll(1, -1)])
+    return value
+
+
+def _words(error: Exception) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text.strip()[:200]}"

@@ -8,9 +8,8 @@ pieces that can be removed.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses as dc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +30,6 @@ class Labels:
 
     axes: dict[int, Nodes] = dc.field(default_factory=dict)
     parameter: bool = False
-
-
-@dc.dataclass(frozen=True)
-class Slice:
-    """Index `index` along `axis` of the parameter or buffer `name`."""
-
-    name: str
-    axis: int
-    index: int
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -74,6 +64,11 @@ class Ties:
             self.num_nodes += size
         return Labels(axes, parameter=True)
 
+    def size(self, place: tuple[str, int]) -> int:
+        """How many indices an axis of a tensor has: `place` is (name, axis)."""
+        number = self.places.index(place)
+        return [*self.starts, self.num_nodes][number + 1] - self.starts[number]
+
     def tie(self, one: Nodes, other: Nodes) -> None:
         """The nodes of `one` go only with their partners in `other` (shapes broadcast)."""
         one, other = np.broadcast_arrays(one, other)
@@ -94,7 +89,10 @@ class Ties:
         graph = coo_matrix((ones, (free[0], free[1])), shape=(self.num_nodes, self.num_nodes))
         component = connected_components(graph, directed=False)[1].astype(np.int64)
         reasons: dict[int, list[str]] = {}
-        for nodes, reason in [*self.frozen, (bound, "it is joined with values that are not channels")]:
+        for nodes, reason in [
+            *self.frozen,
+            (bound, "it is joined with values that are not channels"),
+        ]:
             for number in np.unique(component[nodes[nodes != STAYS]]):
                 held = reasons.setdefault(int(number), [])
                 if reason not in held:
@@ -102,18 +100,7 @@ class Ties:
         reasons.setdefault(int(component[STAYS]), ["it stays"])
         return component, reasons
 
-    def slice_of(self, node: int) -> Slice:
-        """Where a node lies."""
-        place = bisect.bisect_right(self.starts, node) - 1
-        name, axis = self.places[place]
-        return Slice(name, axis, node - self.starts[place])
-
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers by their first name, each tensor once."""
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def distinct(nodes: Iterable[Nodes]) -> Nodes:
-    """All nodes of the arrays, once each, rising."""
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *nodes]))

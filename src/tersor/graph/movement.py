@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor.graph.labels import Nodes
-from tersor.graph.rules import for_ops
-from tersor.graph.trace import Tracer, tensors_in
+from tersor.graph.trace import Tracer, for_ops, tensors_in
 
 
 def _spread(shape: torch.Size, axis: int) -> Tensor:
@@ -21,7 +20,11 @@ def _spread(shape: torch.Size, axis: int) -> Tensor:
 
 def _varying(ids: Tensor) -> list[int]:
     """The axes along which the entries differ."""
-    return [a for a in range(ids.ndim) if ids.shape[a] > 1 and not bool((ids == ids.narrow(a, 0, 1)).all())]
+    return [
+        a
+        for a in range(ids.ndim)
+        if ids.shape[a] > 1 and not bool((ids == ids.narrow(a, 0, 1)).all())
+    ]
 
 
 def _settle(
@@ -137,7 +140,10 @@ def cat(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if not labelled:
             continue
         if other == axis:
-            parts = [np.zeros(v.shape[axis], np.int64) if n is None else n for v, n in zip(values, nodes, strict=True)]
+            parts = [
+                np.zeros(v.shape[axis], np.int64) if n is None else n
+                for v, n in zip(values, nodes, strict=True)
+            ]
             found[axis] = np.concatenate(parts)
             continue
         for more in labelled[1:]:
@@ -158,7 +164,15 @@ def stack(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return cat(tracer, torch.ops.aten.cat.default, (parts, axis), {})
 
 
-@for_ops("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "split_copy")
+@for_ops(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unsafe_split",
+    "unsafe_chunk",
+    "split_copy",
+)
 def split(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Equal pieces of an axis of channels must keep equally many: the same place in each."""
     out = func(*args, **kwargs)

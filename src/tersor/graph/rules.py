@@ -5,49 +5,18 @@ An operation without a rule freezes the labels of its inputs: nothing is guessed
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from tersor.graph.labels import Nodes, Product
-from tersor.graph.trace import Rule, Tracer, tensors_in
+from tersor.graph.labels import Nodes
+from tersor.graph.trace import ELEMENTWISE, RULES, UNKNOWN, Rule, Tracer, for_ops, tensors_in
 
 Axes = dict[int, Nodes]
-RULES: dict[str, Rule] = {}
-POINTWISE = {
-    "hardswish", "_prelu_kernel", "prelu", "log_sigmoid_forward", "dropout", "native_dropout", "copy",
-    "_to_copy", "bernoulli", "rrelu_with_noise", "fill", "zero", "normal", "uniform", "zeros_like",
-    "ones_like", "empty_like", "rand_like", "randn_like", "full_like", "detach", "alias", "lift_fresh",
-    "contiguous", "as_strided_same",
-}  # fmt: skip
-FACTORIES = {"empty", "zeros", "ones", "rand", "randn", "full", "arange", "scalar_tensor", "eye", "linspace"}
 
 
-def rule_of(func: Any) -> Rule:
-    """The rule of an operation; pointwise ones know themselves by torch's tag."""
-    name = func.overloadpacket.__name__
-    plain = name.removesuffix("_") if name != "_" else name
-    if plain in RULES:
-        return RULES[plain]
-    if plain in POINTWISE or torch.Tag.pointwise in func.tags:
-        return pointwise
-    return unknown
-
-
-def for_ops(*names: str) -> Callable[[Rule], Rule]:
-    """Decorator: the rule of the operations `names` (aten names, in place or not)."""
-
-    def add(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return add
-
-
+@for_ops(UNKNOWN)
 def unknown(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Everything that goes in stays."""
     name = func.overloadpacket.__name__
@@ -58,10 +27,14 @@ def unknown(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def united(
-    tracer: Tracer, values: Sequence[Tensor], shape: Sequence[int], axes_of: Sequence[Axes] | None = None
+    tracer: Tracer,
+    values: Sequence[Tensor],
+    shape: Sequence[int],
+    axes_of: Sequence[Axes] | None = None,
 ) -> Axes:
     """Labels of an elementwise result of `shape`: along each axis the operands go together."""
     held = axes_of or [tracer.of(value).axes for value in values]
+    only_parameters = all(tracer.of(v).parameter for v in values if tracer.of(v).axes)
     found: Axes = {}
     for axis, size in enumerate(shape):
         full, labelled = 0, []
@@ -82,10 +55,17 @@ def united(
             tracer.ties.tie(labelled[0], nodes)
         if full > len(labelled):
             tracer.freeze(labelled[0], "it meets a value whose size is fixed")
+            if only_parameters:
+                continue
         found[axis] = labelled[0]
     return found
 
 
+@for_ops(
+    ELEMENTWISE, "hardswish", "_prelu_kernel", "prelu", "log_sigmoid_forward", "dropout", "native_dropout", "copy",
+    "_to_copy", "bernoulli", "rrelu_with_noise", "fill", "zero", "normal", "uniform", "zeros_like", "ones_like",
+    "empty_like", "rand_like", "randn_like", "full_like", "detach", "alias", "lift_fresh", "contiguous",
+)  # fmt: skip
 def pointwise(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Elementwise, with broadcasting."""
     values = tensors_in((args, kwargs))
@@ -103,161 +83,6 @@ def _only_first(out: Any) -> Tensor:
     first = out if isinstance(out, Tensor) else out[0]
     assert isinstance(first, Tensor)
     return first
-
-
-# ---- products
-
-
-def contract(tracer: Tracer, left: Nodes | None, right: Nodes | None) -> None:
-    """Two axes that are multiplied and summed go together."""
-    if left is not None and right is not None:
-        tracer.ties.tie(left, right)
-    else:
-        tracer.freeze(left if left is not None else right, "it is multiplied with a value of fixed size")
-
-
-def _product(tracer: Tracer, sizes: Sequence[int], labels: Sequence[Nodes | None]) -> None:
-    constant = math.prod(s for s, nodes in zip(sizes, labels, strict=True) if nodes is None)
-    axes = tuple(nodes for nodes in labels if nodes is not None)
-    tracer.ties.products.append(Product(constant, axes))
-
-
-@for_ops("mm", "bmm", "mv", "dot")
-def matmul(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """(batch, N, K) times (batch, K, M), or without batch, N or M: K goes together; the others remain."""
-    left, right = args
-    batch = 1 if left.ndim == 3 else 0
-    inner = left.ndim - 1
-    one, other = tracer.of(left), tracer.of(right)
-    out = func(tracer.masked(left, inner), right, **kwargs)
-    contract(tracer, one.axes.get(inner), other.axes.get(batch))
-    axes: Axes = {}
-    if batch and (0 in one.axes or 0 in other.axes):
-        contract(tracer, one.axes.get(0), other.axes.get(0))
-        axes[0] = one.axes[0] if 0 in one.axes else other.axes[0]
-    for operand, axis, place in ((one, inner - 1, inner - 1), (other, batch + 1, out.ndim - 1)):
-        if axis >= batch and axis in operand.axes and (operand is one or right.ndim == batch + 2):
-            axes[place] = operand.axes[axis]
-            if operand.parameter:
-                tracer.ties.sources.append(axes[place])
-    tracer.put(out, axes, one.parameter and other.parameter)
-    summed = one.axes.get(inner, other.axes.get(batch))
-    sizes = [*out.shape, left.shape[inner]]
-    _product(tracer, sizes, [*[axes.get(a) for a in range(out.ndim)], summed])
-    return out
-
-
-@for_ops("addmm", "baddbmm", "addmv", "addbmm")
-def add_matmul(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A bias plus a product."""
-    bias, left, right = args
-    if func.overloadpacket.__name__.startswith("addbmm"):
-        return unknown(tracer, func, args, kwargs)
-    plain = {"addmm": torch.ops.aten.mm, "baddbmm": torch.ops.aten.bmm, "addmv": torch.ops.aten.mv}
-    name = func.overloadpacket.__name__.removesuffix("_")
-    product = matmul(tracer, plain[name].default, (left, right), {})
-    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    out = product * alpha + (bias * beta if beta != 0 else 0)
-    axes = united(tracer, [product, bias], out.shape)
-    tracer.put(out, axes)
-    return out
-
-
-@for_ops("linear")
-def linear(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where torch does not take a linear layer apart itself."""
-    value, weight = args[:2]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    one, other = tracer.of(value), tracer.of(weight)
-    last = value.ndim - 1
-    out = func(tracer.masked(value, last), weight, bias)
-    contract(tracer, one.axes.get(last), other.axes.get(1))
-    axes = {a: nodes for a, nodes in one.axes.items() if a != last}
-    rows = other.axes.get(0)
-    if rows is not None:
-        axes[last] = rows
-        tracer.ties.sources.append(rows)
-    tracer.put(out, axes)
-    if bias is not None:
-        tracer.put(out, united(tracer, [out, bias], out.shape))
-    _product(
-        tracer,
-        [math.prod(value.shape[:-1]), *weight.shape],
-        [None, rows, one.axes.get(last)],
-    )
-    return out
-
-
-@for_ops("convolution", "_convolution")
-def convolution(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Any dimension, grouped, depthwise and transposed."""
-    value, weight, bias = args[:3]
-    transposed, groups = args[6], args[8]
-    channel = 1 if value.ndim == weight.ndim else 0
-    out = func(tracer.masked(value, channel), *args[1:], **kwargs)
-    incoming, held = tracer.of(value).axes, tracer.of(weight)
-    for axis, nodes in held.axes.items():
-        if axis > 1:
-            tracer.freeze(nodes, "it is a position of a kernel")
-    for axis, nodes in incoming.items():
-        if axis > channel:
-            tracer.freeze(nodes, "it is a position of an image that is convolved")
-    into, rows = held.axes.get(0 if transposed else 1), held.axes.get(1 if transposed else 0)
-    if rows is None or into is None:
-        outgoing = None
-        for nodes in (incoming.get(channel), rows, into):
-            tracer.freeze(nodes, "it belongs to a convolution whose weight is computed")
-    elif groups == 1:
-        contract(tracer, incoming.get(channel), into)
-        outgoing = rows
-    else:
-        outgoing = _grouped(tracer, incoming.get(channel), into, rows, groups, transposed)
-    axes = {channel: outgoing} if outgoing is not None else {}
-    if channel and 0 in incoming:
-        axes[0] = incoming[0]
-    if outgoing is not None:
-        tracer.ties.sources.append(outgoing)
-    tracer.put(out, axes)
-    shift = tracer.of(bias).axes.get(0)
-    if shift is not None and outgoing is not None:
-        tracer.ties.tie(outgoing, shift)
-    elif bias is not None:
-        tracer.freeze(shift if shift is not None else outgoing, "its bias has a fixed size")
-    positions = math.prod((value if transposed else out).shape[channel + 1 :])
-    batch = out.shape[0] if channel else 1
-    sizes = [batch * positions, *weight.shape]
-    _product(tracer, sizes, [None, *[held.axes.get(a) if a < 2 else None for a in range(weight.ndim)]])
-    return out
-
-
-def _grouped(
-    tracer: Tracer, incoming: Nodes | None, into: Nodes, rows: Nodes, groups: int, transposed: bool
-) -> Nodes:
-    """A grouped convolution loses whole groups, or the same place in each group: what leaves more to choose."""
-    inputs = into if transposed else np.tile(into, groups)
-    outputs = np.tile(rows, groups) if transposed else rows
-    if incoming is None:
-        tracer.freeze(into, "it is multiplied with a value of fixed size")
-        incoming = np.zeros_like(inputs)
-    per_group = len(inputs) // groups
-    nodes = np.concatenate([incoming, into, rows])
-    whole_first = groups >= per_group
-    whole = (tracer.choose("groups", 2, nodes) == 0) == whole_first
-    if whole:
-        blocks = incoming.reshape(groups, -1)
-        tracer.ties.tie(blocks[:, :1], blocks)
-        if transposed:
-            tracer.ties.tie(incoming, into)
-            tracer.freeze(rows, "it is shared by the groups of a convolution")
-            return np.repeat(blocks[:, 0], len(rows))
-        tracer.freeze(into, "it is shared by the groups of a convolution")
-        tracer.ties.tie(blocks[:, :1], rows.reshape(groups, -1))
-        return rows
-    tracer.ties.tie(incoming, inputs)
-    for nodes in (inputs, outputs):
-        blocks = nodes.reshape(groups, -1)
-        tracer.ties.tie(blocks[:1], blocks)
-    return outputs
 
 
 @for_ops("as_strided")
@@ -328,16 +153,16 @@ def group_norm(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[st
     """A group is normalised by itself: whole groups may go."""
     out = func(*args, **kwargs)
     axes = tracer.of(args[0]).axes
-    groups = args[7] if len(args) > 7 else kwargs["group"]
+    groups = args[6] if len(args) > 6 else kwargs["group"]
     for axis, nodes in axes.items():
         if axis > 1 or (axis == 1 and groups == 1):
             tracer.freeze(nodes, "it is normalised together with the other channels")
     for held in tensors_in(args[1:]):
-        nodes = tracer.of(held).axes.get(0)
-        if nodes is not None and 1 in axes:
-            tracer.ties.tie(nodes, axes[1])
-        elif nodes is not None:
-            tracer.freeze(nodes, "it belongs to channels that stay")
+        own = tracer.of(held).axes.get(0)
+        if own is not None and 1 in axes:
+            tracer.ties.tie(own, axes[1])
+        elif own is not None:
+            tracer.freeze(own, "it belongs to channels that stay")
     if 1 in axes:
         blocks = axes[1].reshape(groups, -1)
         tracer.ties.tie(blocks[:, :1], blocks)
@@ -396,7 +221,9 @@ def along(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     place = words.index("dim") if "dim" in words else len(args)
     dim = args[place] if place < len(args) else kwargs.get("dim", -1)
     axes = dict(tracer.of(value).axes)
-    tracer.freeze(axes.pop(dim % max(value.ndim, 1), None), f"the operation {name} runs over all of them")
+    tracer.freeze(
+        axes.pop(dim % max(value.ndim, 1), None), f"the operation {name} runs over all of them"
+    )
     for result in tensors_in(out):
         if result.ndim == value.ndim:
             tracer.put(result, axes, tracer.of(value).parameter)
@@ -410,7 +237,9 @@ def _spatial(count: int) -> Rule:
         value = args[0]
         axes = dict(tracer.of(value).axes)
         for axis in range(value.ndim - count, value.ndim):
-            tracer.freeze(axes.pop(axis, None), "it is a position of an image that is pooled or resized")
+            tracer.freeze(
+                axes.pop(axis, None), "it is a position of an image that is pooled or resized"
+            )
         for result in tensors_in(out):
             if result.ndim == value.ndim:
                 tracer.put(result, axes)
@@ -419,17 +248,27 @@ def _spatial(count: int) -> Rule:
     return rule
 
 
+_SPATIAL = (
+    "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "max_pool", "adaptive_max_pool", "fractional_max_pool",
+    "upsample_nearest", "_upsample_nearest_exact", "reflection_pad", "replication_pad",
+)  # fmt: skip
 for _n in (1, 2, 3):
-    for _name in ("avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_avg_pool{}d", "max_pool{}d",
-                  "max_pool{}d_with_indices", "adaptive_max_pool{}d", "fractional_max_pool{}d",
-                  "upsample_nearest{}d", "_upsample_nearest_exact{}d", "reflection_pad{}d", "replication_pad{}d"):  # fmt: skip
-        RULES[_name.format(_n)] = _spatial(_n)
-for _name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-              "grid_sampler_2d"):  # fmt: skip
+    RULES.update(dict.fromkeys([f"{name}{_n}d" for name in _SPATIAL], _spatial(_n)))
+    RULES[f"max_pool{_n}d_with_indices"] = _spatial(_n)
+for _name in (
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+):
     RULES[_name] = _spatial(2)
+RULES["grid_sampler_2d"] = _spatial(2)
 RULES["upsample_linear1d"] = _spatial(1)
 RULES["upsample_trilinear3d"] = _spatial(3)
-for _name in FACTORIES:
-    RULES[_name] = lambda tracer, func, args, kwargs: func(*args, **kwargs)
-for _name in ("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "empty_strided", "randperm"):
-    RULES[_name] = lambda tracer, func, args, kwargs: func(*args, **kwargs)
+
+
+@for_ops("empty", "zeros", "ones", "rand", "randn", "full", "arange", "scalar_tensor", "eye", "linspace", "new_zeros",
+         "new_ones", "new_empty", "new_full", "new_empty_strided", "empty_strided", "randperm", "randint")  # fmt: skip
+def factory(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new value of a fixed size: no labels."""
+    return func(*args, **kwargs)

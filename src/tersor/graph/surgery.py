@@ -38,7 +38,11 @@ def lines_of(module: nn.Module, kept: Kept) -> tuple[LayerPlan, ...]:
                 continue
             ends[end] = tuple(first.tolist())
         if ends:
-            lines.append(LayerPlan(layer, "remove", outputs=ends.get("outputs", ()), inputs=ends.get("inputs", ())))
+            lines.append(
+                LayerPlan(
+                    layer, "remove", outputs=ends.get("outputs", ()), inputs=ends.get("inputs", ())
+                )
+            )
             for end in ends:
                 for own, axis in _places(part, end):
                     if (tensor := _tensor(part, own)) is not None:
@@ -55,13 +59,12 @@ def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
     (out_channels, num_features, ...) tell its new sizes. Shared parameters stay shared.
     Raises ModelError for a line that names what the module does not have, or an index beyond its size.
     """
-    smaller = copy.deepcopy(module)
     lines = [line for line in lines if line.action == "remove"]
-    addressed = [_addressed(smaller, line) for line in lines]
-    tensors = {name: t for name, t in [*smaller.named_parameters(), *smaller.named_buffers()]}
+    addressed = [_addressed(module, line) for line in lines]
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
     names = {id(tensor): name for name, tensor in tensors.items()}
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for line, (_, places) in zip(lines, addressed, strict=True):
+    for places in addressed:
         for tensor, axis, index in places:
             name = names[id(tensor)]
             if index[-1] >= tensor.shape[axis] or kept.get(name, {}).get(axis, index) != index:
@@ -70,18 +73,19 @@ def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
                     f"{tensor.shape[axis]}, or it says so twice: the plan belongs to another network"
                 )
             kept.setdefault(name, {})[axis] = index
-    for name, axes in kept.items():
-        _replace_(smaller, tensors[name], _sliced(tensors[name], axes))
-    for line, (part, _) in zip(lines, addressed, strict=True):
-        if part is not None:
-            _fit_(part, line)
+    # Wherever the copy would hold a tensor it holds its slice: shared ones stay shared, and no more is copied.
+    smaller = copy.deepcopy(
+        module, {id(tensors[name]): _sliced(tensors[name], axes) for name, axes in kept.items()}
+    )
+    parts = dict(smaller.named_modules(remove_duplicate=False))
+    for line in lines:
+        if line.layer in parts:
+            _fit_(parts[line.layer], line)
     return smaller
 
 
-def _addressed(
-    module: nn.Module, line: LayerPlan
-) -> tuple[nn.Module | None, list[tuple[Tensor, int, tuple[int, ...]]]]:
-    """The layer of torch that a line names, if it does, and the tensors it slices: (tensor, axis, indices)."""
+def _addressed(module: nn.Module, line: LayerPlan) -> list[tuple[Tensor, int, tuple[int, ...]]]:
+    """The tensors that a line slices: (tensor, axis, indices that stay)."""
     parts = dict(module.named_modules(remove_duplicate=False))
     if line.layer in parts and _places(parts[line.layer], "outputs"):
         part, found = parts[line.layer], []
@@ -90,15 +94,15 @@ def _addressed(
                 tensor = _tensor(part, own)
                 assert tensor is not None
                 found.append((tensor, axis, index))
-        return part, found
+        return found
     owner, _, own = line.layer.rpartition(".")
     tensor = _tensor(parts[owner], own) if owner in parts else None
-    if tensor is None or line.axis >= tensor.ndim:
+    if tensor is None or line.axis >= tensor.ndim or not line.outputs:
         raise ModelError(
             f"the plan removes parts of {line.layer!r}, which {type(module).__name__} does not have; the plan belongs "
             "to another network"
         )
-    return None, [(tensor, line.axis, line.outputs)]
+    return [(tensor, line.axis, line.outputs)]
 
 
 def _tensor(part: nn.Module, own: str) -> Tensor | None:
@@ -132,22 +136,15 @@ def _sliced(tensor: Tensor, axes: Mapping[int, tuple[int, ...]]) -> Tensor:
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
-def _replace_(module: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Put `new` wherever `old` is held."""
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for own, held in table.items():
-                if held is old:
-                    table[own] = new  # type: ignore[assignment]
-
-
 def _fit_(part: nn.Module, line: LayerPlan) -> None:
     """Set the sizes that a layer of torch remembers from its tensors."""
     if isinstance(part, _ConvNd):
         before, after = (0, 1) if isinstance(part, _ConvTransposeNd) else (1, 0)
         if part.groups > 1:
             whole = line.inputs if isinstance(part, _ConvTransposeNd) else line.outputs
-            size = (part.in_channels if isinstance(part, _ConvTransposeNd) else part.out_channels) // part.groups
+            size = (
+                part.in_channels if isinstance(part, _ConvTransposeNd) else part.out_channels
+            ) // part.groups
             if whole:
                 part.groups = len({index // size for index in whole})
         sizes = [part.weight.shape[before], part.weight.shape[after]]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +27,29 @@ Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
 Choices = Mapping[str, int]
 
 
+RULES: dict[str, Rule] = {}
+ELEMENTWISE, UNKNOWN = "elementwise", "unknown"  # two rules for many operations
+
+
+def for_ops(*names: str) -> Callable[[Rule], Rule]:
+    """Decorator: the rule of the operations `names` (aten names, in place or not)."""
+
+    def add(rule: Rule) -> Rule:
+        assert not RULES.keys() & set(names), names
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return add
+
+
+def rule_of(func: Any) -> Rule:
+    """The rule of an operation; elementwise ones are known by torch's own tag."""
+    name = func.overloadpacket.__name__.removesuffix("_")
+    if name in RULES:
+        return RULES[name]
+    return RULES[ELEMENTWISE if torch.Tag.pointwise in func.tags else UNKNOWN]
+
+
 @dc.dataclass(frozen=True)
 class Site:
     """A place where the trace had to choose: `place` names it for all instances of a class, `answers` counts the
@@ -36,7 +60,7 @@ class Site:
     nodes: Nodes
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation, runs it, and keeps the labels of its results.
 
     With `removed` (num_nodes,) bool each value is multiplied by zero at the removed nodes just before a product or
@@ -44,9 +68,12 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(
-        self, module: nn.Module, choices: Choices, removed: np.ndarray[Any, Any] | None = None
+        self,
+        module: nn.Module,
+        choices: Choices,
+        removed: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ties = Ties()
         self.choices = choices
         self.removed = removed
@@ -55,14 +82,17 @@ class Tracer(TorchDispatchMode):
         self.counts: list[int] = [0]  # choices made so far in each of them
         self.module = module
         self.labels: Any = WeakTensorKeyDictionary()
+        self.unseen: Any = WeakTensorKeyDictionary()  # parameters that nothing has read
         for name, tensor in named_tensors(module):
             self.labels[tensor] = self.ties.add_tensor(name, tensor.shape)
+            if isinstance(tensor, nn.Parameter):
+                self.unseen[tensor] = name
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        from tersor.graph.rules import rule_of
-
+        for tensor in tensors_in((args, kwargs)) if len(self.unseen) else ():
+            self.unseen.pop(tensor, None)
         return rule_of(func)(self, func, args, kwargs or {})
 
     def of(self, value: Any) -> Labels:
@@ -99,26 +129,24 @@ class Tracer(TorchDispatchMode):
         keep = torch.from_numpy(~self.removed[nodes]).to(value.dtype).view(shape)
         return value * keep
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Follow which module is running."""
-        handles = []
+    def run(self, example: Any) -> Any:
+        """Run the module and label everything on the way; what it returns stays."""
+        with watching(self.module, self.enter, self.leave), self:
+            output = run(self.module, example)
+        for value in tree_leaves(output):
+            for nodes in self.of(value).axes.values():
+                self.freeze(nodes, "it is an output of the network")
+        return output
 
-        def enter(name: str) -> Callable[..., None]:
-            return lambda *_: (self.within.append(name), self.counts.append(0)) and None
+    def enter(self, name: str) -> None:
+        """A module begins."""
+        self.within.append(name)
+        self.counts.append(0)
 
-        def leave(*_: Any) -> None:
-            self.within.pop()
-            self.counts.pop()
-
-        for name, part in self.module.named_modules():
-            handles.append(part.register_forward_pre_hook(enter(name)))
-            handles.append(part.register_forward_hook(leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def leave(self) -> None:
+        """A module ends."""
+        self.within.pop()
+        self.counts.pop()
 
 
 def run(module: nn.Module, example: Any) -> Any:
@@ -133,22 +161,20 @@ def run(module: nn.Module, example: Any) -> Any:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def trace(
-    module: nn.Module,
-    example: Any,
-    choices: Choices | None = None,
-    removed: np.ndarray[Any, Any] | None = None,
-) -> tuple[Tracer, Any]:
-    """The labels of one run of `module` on `example`, and what it returned."""
-    tracer = Tracer(module, choices or {}, removed)
-    with tracer.watching():
-        with tracer:
-            output = run(module, example)
-        tracer.within[:] = [""]
-        for value in tree_leaves(output):
-            for nodes in tracer.of(value).axes.values():
-                tracer.freeze(nodes, "it is an output of the network")
-    return tracer, output
+@contextlib.contextmanager
+def watching(
+    module: nn.Module, enter: Callable[[str], None], leave: Callable[[], None]
+) -> Iterator[None]:
+    """Tell which part of `module` begins, by its first name, and when it ends."""
+    handles = []
+    for name, part in module.named_modules():
+        handles.append(part.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        handles.append(part.register_forward_hook(lambda *_: leave()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def tensors_in(args: Any) -> Sequence[Tensor]:
