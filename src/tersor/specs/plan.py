@@ -22,7 +22,9 @@ class LayerPlan(Spec, kind="layer_plan"):
     action    keep, prune (weights become zero), remove (whole slices go), factorize, int8 (integer
               kernels), dynamic or weight_only; `reason` says why a layer is kept.
     outputs   of remove: the indices of the output channels that stay, rising; empty: all. `inputs`
-              likewise. Both are given, so that a plan is applied without tracing the network.
+              likewise (of a grouped convolution those of one group, as in its weight). Both are
+              given, so that a plan is applied without tracing the network.
+    axis      of remove, where `layer` names a parameter or buffer itself: the axis of `outputs`.
     ranks     of factorize: one for a matrix, (outputs, inputs) for a convolution.
     """
 
@@ -33,6 +35,7 @@ class LayerPlan(Spec, kind="layer_plan"):
     reason: str = ""
     outputs: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
+    axis: int = 0
     ranks: tuple[int, ...] = ()
 
 
