@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses as dc
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from tersor.data.arrays import ArraySet, Splits
 from tersor.errors import DataError, ModelError
 from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.methods.device import off_device, on_device, training_device, usable_precision
+from tersor.methods.interrupt import noted_interrupts
 from tersor.methods.training import Loop, Masks, Progress
 from tersor.specs import Finetune
 
@@ -23,7 +24,12 @@ __all__ = ["Progress", "Trained", "finetune", "training_accuracy"]
 
 @dc.dataclass(frozen=True)
 class Trained:
-    """The trained module and how it went. `history` holds one dict per epoch (epoch, loss, images_per_s)."""
+    """The trained module and how it went.
+
+    `history` holds one dict per epoch (epoch, loss, images_per_s), `notes` what went otherwise than asked.
+    `stripes` is the learned importance of every stripe where spec.stripes asked for it: |I| (O, kh, kw)
+    float32 by the name of the convolution; the weights of `module` hold it already.
+    """
 
     module: nn.Module
     history: tuple[dict[str, float], ...]
@@ -31,6 +37,8 @@ class Trained:
     compiled: bool
     device: str
     seconds: float
+    notes: tuple[str, ...] = ()
+    stripes: Mapping[str, torch.Tensor] = dc.field(default_factory=dict)
 
 
 def finetune(
@@ -47,15 +55,20 @@ def finetune(
     """Train a copy of `module` on splits.train and return its exponential moving average, in eval mode.
 
     `masks` (parameter name -> bool, True = keep) stay as they are: a pruned weight never comes back.
-    `teacher` gives the logits for spec.distill. `checkpoint` names a file written at most
-    `checkpoint_seconds` apart; when it exists the training goes on from it, and it is removed by the caller.
-    The order of images and their augmentation depend on the seed and the step alone, so a resumed run sees
-    the same batches. Raises DataError for missing labels, ModelError for a loss that is not finite.
+    `teacher` gives the logits for spec.distill and the features for spec.hints. `checkpoint` names a file
+    written at most `checkpoint_seconds` apart; when it exists the training goes on from it, and it is removed
+    by the caller. The order of images and their augmentation depend on the seed and the step alone, so a
+    resumed run sees the same batches. Ctrl-C finishes the step and writes the checkpoint before
+    KeyboardInterrupt is raised; a second one is raised at once. A loss that is not finite brings the last
+    finite state back, from which the rate is a quarter, and is told in Trained.notes. Raises DataError for
+    missing labels, ModelError for a loss that is not finite again and again, and for options that do not
+    fit the network.
     """
-    if spec.distill < 1 and splits.train.labels is None:
+    if spec.needs_labels and splits.train.labels is None:
         raise DataError("training with labels asked for, but the data has none; use distill=1.0")
-    if spec.distill > 0 and teacher is None:
-        raise ModelError(f"distill={spec.distill} needs a teacher, and none was given")
+    if spec.needs_teacher and teacher is None:
+        asked = f"distill={spec.distill}" if spec.distill else f"hints={spec.hints}"
+        raise ModelError(f"{asked} needs a teacher, and none was given")
     device = training_device()
     student = copy.deepcopy(module)
     example = torch.zeros(2, *splits.input_shape)
@@ -68,8 +81,11 @@ def finetune(
     loop = Loop(student, splits, spec, small_masks, teacher, device)
     if checkpoint is not None and checkpoint.exists():
         loop.restore(checkpoint)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        loop.run(checkpoint, checkpoint_seconds, on_progress)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        noted_interrupts() as interrupted,
+    ):
+        loop.run(checkpoint, checkpoint_seconds, on_progress, interrupted)
     averaged = off_device(loop.averaged.module).eval()
     unfold_copies_(averaged, folded, masks)
     for parameter in averaged.parameters():
@@ -81,6 +97,8 @@ def finetune(
         loop.compiled,
         device.type,
         loop.state.seconds,
+        loop.notes,
+        loop.importance(),
     )
 
 
