@@ -1,4 +1,4 @@
-"""What the options of training do: schedules, hints, slimming, stripes, the largest gradients; each resumes bit-equal."""
+"""What the options of training do: schedules, hints, slimming, stripes, top-k; each resumes bit-equal."""
 
 import copy
 import dataclasses as dc
@@ -18,6 +18,7 @@ from tersor.errors import DataError, ModelError, SpecError
 from tersor.methods import compiling
 from tersor.methods import training as loop
 from tersor.methods.batches import Batches
+from tersor.methods.device import on_device
 from tersor.methods.finetune import finetune, training_accuracy
 from tersor.methods.gradients import LargestGradients
 from tersor.methods.hints import Place, Regressors, Tapped, hint_places, strided_inputs
@@ -206,10 +207,8 @@ def test_slimming_adds_its_subgradient_to_the_gammas_and_to_nothing_else():
         norms[0].weight[3] = 0.0
     spec = dc.replace(BARE, schedule="constant")
     plain = dict(finetune(module, SPLITS, spec).module.named_parameters())
-    slim = dict(
-        finetune(module, SPLITS, dc.replace(spec, slimming=0.25)).module.named_parameters()
-    )
-    gammas = {f"features.{i}.weight" for i in (1, 4, 7)}
+    slim = dict(finetune(module, SPLITS, dc.replace(spec, slimming=0.25)).module.named_parameters())
+    gammas = {f"features.{i}.weight" for i in (1, 4, 8)}
     for name, before in module.named_parameters():
         moved = slim[name].detach().double() - plain[name].detach().double()
         expected = -0.05 * 0.25 * before.detach().sign() if name in gammas else torch.zeros(())
@@ -259,15 +258,14 @@ def test_skeletons_are_folded_exactly_into_an_ordinary_network(masked):
     module = digits_net()
     spec = dc.replace(TINY, stripes=0.01, ema_decay=0.0)
     masks = random_masks(module) if masked else {}
-    job = job_of(copy.deepcopy(module).train(), spec, masks)
+    job = job_of(on_device(copy.deepcopy(module), torch.device("cpu")).train(), spec, masks)
     job.run(None, 60, None)
-    names = [f"features.{i}" for i in (0, 3, 7 if masked is None else 6)]
     assert list(job.importance()) == job.skeletons.names
-    assert set(job.skeletons.names) >= {names[0], names[1]}
+    assert job.skeletons.names == ["features.0", "features.3", "features.7"]
     parts = zip(job.skeletons.names, job.skeletons.weights, job.skeletons.skeletons, strict=True)
     for name, weight, skeleton in parts:
         product = job.student.get_submodule(name).weight
-        assert torch.equal(product, weight * skeleton[:, None])
+        assert torch.equal(product, weight * skeleton[:, None]), name
         assert torch.equal(job.importance()[name], skeleton.detach().abs())
         assert not torch.equal(skeleton, torch.ones_like(skeleton))
         if masked:
@@ -330,40 +328,46 @@ def test_taps_give_what_the_layers_read_and_give():
     assert reads.shape == seen["reads"].shape
 
 
-def feature_distance(student, master, names=()):
+@pytest.fixture(scope="module")
+def unlabelled(digits):
+    """A few hundred digits without labels, and with wrong ones."""
+    some = digits.train.take(np.arange(320))
+    bare = dc.replace(digits, train=ArraySet(some.images, None))
+    return bare, dc.replace(digits, train=ArraySet(some.images, some.labels[::-1].copy()))
+
+
+def feature_distance(student, master, names=(), splits=SPLITS):
     """The distance of the validation images' features after the best 1x1 maps between them."""
     student, master = copy.deepcopy(student).eval(), copy.deepcopy(master).eval()
-    images = torch.from_numpy(next(SPLITS.batches(SPLITS.train, 64)))
+    images = torch.from_numpy(next(splits.batches(splits.validation, 64)))
     ours, theirs = hint_places(student, master, names, images)
     with torch.no_grad():
         found, wanted = Tapped(student, ours)(images)[1], Tapped(master, theirs)(images)[1]
-        return float(Regressors(found, wanted, ours).distance(found, wanted))
+        return Regressors(found, wanted, ours).distance(found, wanted).item()
 
 
 @pytest.mark.parametrize("make", [small, digits_net])
-def test_hints_alone_draw_the_features_to_the_teachers_without_labels(make):
+def test_hints_alone_draw_the_features_to_the_teachers_without_labels(make, unlabelled):
+    bare, wrong = unlabelled
     spec = dc.replace(TINY, hints=1.0, epochs=10, augment="none", ema_decay=0.5)
     student = make()
-    trained = finetune(student, UNLABELLED, spec, teacher=teacher())
-    before, after = (feature_distance(m, teacher()) for m in (student, trained.module))
-    assert after < 0.8 * before
+    trained = finetune(student, bare, spec, teacher=teacher())
+    before, after = (feature_distance(m, teacher(), splits=bare) for m in (student, trained.module))
+    assert after < 0.9 * before
     assert list(trained.module.state_dict()) == list(student.state_dict())
     hooks = [m for m in trained.module.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks
-    labels = finetune(make(), SPLITS, spec, teacher=teacher())
-    assert equal(labels.module, trained.module)
+    assert equal(finetune(make(), wrong, spec, teacher=teacher()).module, trained.module)
 
 
-def test_hints_by_name_pair_layers_of_both_networks():
+def test_hints_by_name_pair_layers_of_both_networks(unlabelled):
     names = ("pool=features.6",)
     spec = dc.replace(TINY, hints=1.0, hint_layers=names, epochs=10, augment="none", ema_decay=0.5)
-    assert isinstance(teacher().features[6], nn.MaxPool2d | nn.Conv2d | nn.ReLU)
-    pool = next(n for n, m in teacher().named_modules() if isinstance(m, nn.MaxPool2d))
-    names = (f"pool={pool}",)
-    spec = dc.replace(spec, hint_layers=names)
-    trained = finetune(small(), UNLABELLED, spec, teacher=teacher()).module
-    before = feature_distance(small(), teacher(), names)
-    assert feature_distance(trained, teacher(), names) < 0.9 * before
+    trained = finetune(small(), unlabelled[0], spec, teacher=teacher()).module
+    before, after = (
+        feature_distance(m, teacher(), names, unlabelled[0]) for m in (small(), trained)
+    )
+    assert after < 0.9 * before
 
 
 def test_a_network_hinted_by_itself_has_no_distance():
@@ -377,7 +381,7 @@ def test_the_regressor_starts_as_the_least_squares_fit():
     mixing = torch.randn(6, 3, generator=generator)
     wanted = torch.einsum("oc,nchw->nohw", mixing, own) + 2
     regressors = Regressors([own], [wanted], [Place("a")])
-    assert float(regressors.distance([own], [wanted])) < 1e-5
+    assert regressors.distance([own], [wanted]).item() < 1e-5
     assert torch.allclose(regressors.maps[0].weight, mixing, atol=0.02)
 
 
@@ -526,6 +530,7 @@ def test_resumed_after_a_kill_every_option_gives_the_same_bits(
 def interrupts(monkeypatch):
     """Ctrl-C as often as asked for in the middle of the sixth step."""
     times = [1]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     real = Batches.at
 
     def press(self, step):
@@ -534,15 +539,15 @@ def interrupts(monkeypatch):
         return real(self, step)
 
     monkeypatch.setattr(Batches, "at", press)
-    return times
+    yield times
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_once_finishes_the_step_and_saves(tmp_path, interrupts):
     path = tmp_path / "run.pt"
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         finetune(digits_net(), SPLITS, TINY, checkpoint=path)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert torch.load(path, weights_only=True)["state"]["step"] == 6
     interrupts[0] = 0
     whole = finetune(digits_net(), SPLITS, TINY)
@@ -629,7 +634,7 @@ def test_it_goes_back_to_the_last_state_kept_not_to_the_start(spoiled, monkeypat
 
 def test_falls_beyond_the_third_end_the_training(spoiled):
     spoiled["times"] = 4
-    with pytest.raises(ModelError, match="at step 8 of 12.*3 times.*lower the learning rate"):
+    with pytest.raises(ModelError, match=r"at step 8 of 12.*3 times.*lower the learning rate"):
         finetune(digits_net(), SPLITS, TINY)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tersor.errors import ModelError
+from tersor.graph.layers import WEIGHT_LAYERS
 from tersor.registry import did_you_mean
 
 Features = list[torch.Tensor]
@@ -84,8 +85,11 @@ def strided_inputs(module: nn.Module, example: torch.Tensor) -> dict[tuple[int, 
 
         return layer.register_forward_hook(look)
 
-    leaves = [(name, part) for name, part in module.named_modules() if not any(part.children())]
-    handles = [watch(name, part) for name, part in leaves]
+    handles = [
+        watch(name, part)
+        for name, part in module.named_modules()
+        if isinstance(part, WEIGHT_LAYERS) or not any(part.children())
+    ]
     try:
         with torch.no_grad():
             module(example)
