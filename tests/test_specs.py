@@ -106,6 +106,13 @@ BAD = [
     (Finetune, "temperature", [0, -1, math.inf]),
     (Finetune, "precision", ["fp16", None]),
     (Finetune, "compile", ["yes", True]),
+    (Finetune, "schedule", ["linear", None]),
+    (Finetune, "original_epochs", [-1.0, math.inf, "x"]),
+    (Finetune, "hints", [-0.1, 1.1, math.nan, "x"]),
+    (Finetune, "hint_layers", ["layer1", (3,), None]),
+    (Finetune, "slimming", [-1.0, math.nan, "x"]),
+    (Finetune, "stripes", [-1.0, math.inf, "x"]),
+    (Finetune, "gradient_topk", [-0.1, 1.0, math.nan]),
 ]
 
 

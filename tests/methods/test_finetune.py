@@ -12,7 +12,8 @@ from torch import nn
 
 from tersor.data import ArraySet, load_data, split
 from tersor.errors import DataError, ModelError, RunError
-from tersor.methods import finetune as loop
+from tersor.methods import training as loop
+from tersor.methods.batches import Batches
 from tersor.methods.finetune import finetune, training_accuracy
 from tersor.methods.steps import augmented, learning_rate
 from tersor.models import load_model
@@ -154,7 +155,7 @@ def test_resumed_after_a_kill_the_weights_are_those_of_an_uninterrupted_run(
     masks = random_masks(make())
     whole = finetune(make(), SPLITS, TINY, masks=masks)
     path = tmp_path / "run.pt"
-    real, saved = loop._Loop.save, []
+    real, saved = loop.Loop.save, []
 
     def kill(self, target):
         real(self, target)
@@ -163,7 +164,7 @@ def test_resumed_after_a_kill_the_weights_are_those_of_an_uninterrupted_run(
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop._Loop, "save", kill)
+        patch.setattr(loop.Loop, "save", kill)
         finetune(make(), SPLITS, TINY, masks=masks, checkpoint=path, checkpoint_seconds=0)
     assert saved[-1] == kept_steps
     shown = []
@@ -233,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_old_one_kept(
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    job = loop._Loop(digits_net(), SPLITS, TINY, {}, None, torch.device("cpu"))
+    job = loop.Loop(digits_net(), SPLITS, TINY, {}, None, torch.device("cpu"))
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunError, match=r"cannot be written: .*No space left"):
         job.save(checkpoint)
@@ -353,14 +354,14 @@ def test_a_batch_larger_than_the_data_is_the_whole_data():
 
 def test_small_images_at_the_start(monkeypatch):
     seen = []
-    real = loop._Loop._batch
+    real = Batches.at
 
     def watch(self, step):
         inputs, labels = real(self, step)
         seen.append(tuple(inputs.shape[2:]))
         return inputs, labels
 
-    monkeypatch.setattr(loop._Loop, "_batch", watch)
+    monkeypatch.setattr(Batches, "at", watch)
     finetune(digits_net(), SPLITS, dc.replace(TINY, small_size=4, small_epochs=1.5))
     assert seen == [(4, 4)] * 6 + [(8, 8)] * 6
 
@@ -370,11 +371,11 @@ def test_every_epoch_sees_every_image_once_in_another_order():
         (1, 1, 8, 8), np.float32
     )
     data = dc.replace(SPLITS, train=ArraySet(images, np.zeros(64, np.int64)))
-    job = loop._Loop(
+    job = loop.Loop(
         digits_net(), data, dc.replace(TINY, augment="none"), {}, None, torch.device("cpu")
     )
     epochs = [
-        [int(v) for step in range(4) for v in job._batch(4 * epoch + step)[0][:, 0, 0, 0]]
+        [int(v) for step in range(4) for v in job.batches.at(4 * epoch + step)[0][:, 0, 0, 0]]
         for epoch in range(2)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64)) and epochs[0] != epochs[1]

@@ -16,9 +16,9 @@ from tersor.engines.onnxruntime import inference_session
 from tersor.errors import ModelError, RunError, SpecError
 from tersor.graph import export_onnx
 from tersor.graph.layers import graph_layers
-from tersor.methods import finetune as loop
 from tersor.methods import learned as learned_room
 from tersor.methods import qat
+from tersor.methods import training as loop
 from tersor.methods.fake_quantize import LearnedStep, weight_levels
 from tersor.methods.finetune import finetune
 from tersor.methods.learned import InputGrid, LayerBits, export_quantized
@@ -506,7 +506,7 @@ def test_resumed_after_a_kill_it_is_what_an_uninterrupted_training_gives(
     short = dc.replace(TINY, epochs=0.5)
     whole = train_quantized(teacher, digits, weight_bits=2, training=short)
     path = tmp_path / "run.pt"
-    real = loop._Loop.save
+    real = loop.Loop.save
 
     def kill(self, target):
         real(self, target)
@@ -515,7 +515,7 @@ def test_resumed_after_a_kill_it_is_what_an_uninterrupted_training_gives(
 
     options = {"weight_bits": 2, "training": short, "checkpoint": path}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop._Loop, "save", kill)
+        patch.setattr(loop.Loop, "save", kill)
         train_quantized(teacher, digits, checkpoint_seconds=0, **options)
     shown = []
     resumed = train_quantized(teacher, digits, on_progress=shown.append, **options)
@@ -529,7 +529,7 @@ def test_resumed_after_a_kill_it_is_what_an_uninterrupted_training_gives(
 def test_steps_and_norms_get_no_weight_decay(digits):
     ready = prepared(net(), 2)
     splits = dc.replace(digits, train=ArraySet(images(8).numpy(), None))
-    job = loop._Loop(ready, splits, TINY, {}, net(), torch.device("cpu"))
+    job = loop.Loop(ready, splits, TINY, {}, net(), torch.device("cpu"))
     decayed = {id(p) for p in job.optimizer.param_groups[0]["params"]}
     names = {name for name, p in ready.named_parameters() if id(p) in decayed}
     assert names == {f"{name}.parametrizations.weight.original" for name in LAYERS}

@@ -10,6 +10,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from tersor.cli.activity import activity
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.measure import benchmark, evaluate, inspect
 from tersor.cli.output import Output, say, training_watch, watching
@@ -67,9 +68,12 @@ def train(
         "precision": trained.precision,
         "compiled": trained.compiled,
         "device": trained.device,
+        "notes": list(trained.notes),
         "size_bytes": size,
         "out": str(target),
     }
+    for note in trained.notes:
+        say(output, note)
     target.with_suffix(".json").write_text(json.dumps(answer, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
     say(
@@ -175,6 +179,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "prune": prune,
     "quantize": quantize,
     "sensitivity": sensitivity,
+    "activity": activity,
     "benchmark": benchmark,
     "inspect": inspect,
     "export": export,

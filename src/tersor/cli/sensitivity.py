@@ -10,13 +10,10 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, show_table, watching
-from tersor.cli.targets import writable
-from tersor.errors import SpecError
+from tersor.cli.targets import picture
 
 if TYPE_CHECKING:
     from tersor.methods.sensitivity import Sensitivity
-
-PICTURES = (".html", ".svg")
 
 
 def sensitivity(
@@ -48,7 +45,7 @@ def sensitivity(
     from tersor.report.figures import require_matplotlib
     from tersor.report.sensitivity import conclusion
 
-    target = None if out is None else _picture(out)
+    target = None if out is None else picture(out)
     if target is not None:
         require_matplotlib()
     subject = resolve(model, weights=weights, num_classes=num_classes)
@@ -125,13 +122,6 @@ def _show(output: Output, answer: dict[str, Any], inputs: bool) -> None:
         f"{answer['num_images']} images; rank by {widths[0]} bits"
     )
     show_table(output, title, [*columns, "rank"], rows)
-
-
-def _picture(out: str) -> pathlib.Path:
-    suffix = pathlib.Path(out).suffix
-    if suffix not in PICTURES:
-        raise SpecError(f"--out {out}: expected a name that ends in {' or '.join(PICTURES)}")
-    return writable(out, suffix)
 
 
 def _write(target: pathlib.Path, answer: dict[str, Any]) -> int:

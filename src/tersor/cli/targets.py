@@ -9,6 +9,8 @@ from tersor.cli.output import Output, say, show_table
 from tersor.errors import RunError, SpecError
 from tersor.specs import Plan
 
+PICTURES = (".html", ".svg")
+
 
 def told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[str, Any]:
     """Print the coverage table and the file; return both."""
@@ -34,3 +36,11 @@ def writable(path: str, suffix: str) -> pathlib.Path:
     except OSError as error:
         raise RunError(f"{target} cannot be written: {error.strerror or error}") from None
     return target
+
+
+def picture(out: str) -> pathlib.Path:
+    """The target of a figure (.svg) or of a page (.html), checked as `writable` does."""
+    suffix = pathlib.Path(out).suffix
+    if suffix not in PICTURES:
+        raise SpecError(f"--out {out}: expected a name that ends in {' or '.join(PICTURES)}")
+    return writable(out, suffix)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersor.errors import DataError
-from tersor.methods.finetune import off_device, on_device, usable_precision
+from tersor.methods.device import off_device, on_device, training_device, usable_precision
 
 
 def reestimate_batch_norm(
@@ -27,7 +27,7 @@ def reestimate_batch_norm(
     norms = [layer for layer in fresh.modules() if isinstance(layer, _BatchNorm)]
     if not norms:
         return fresh.eval()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     fresh = on_device(fresh.eval(), device)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -13,7 +13,19 @@ from tersor.specs import Finetune
 
 
 def learning_rate(spec: Finetune, step: int, num_steps: int) -> float:
-    """One cycle (Smith 2018): linear from 4 % to the peak over spec.warmup, then half a cosine to zero."""
+    """The rate of `step` (from 0) of `num_steps`, by spec.schedule.
+
+    one_cycle (Smith 2018): linear from 4 % to the peak over spec.warmup, then half a cosine to zero. rewind
+    (Renda 2020): what one_cycle over original_epochs had in its last spec.epochs. cosine: half a cosine from
+    the peak to zero (Loshchilov 2017, eq. 5, without restarts). constant: the peak.
+    """
+    if spec.schedule == "constant":
+        return spec.learning_rate
+    if spec.schedule == "cosine":
+        return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    if spec.schedule == "rewind":
+        whole = round(num_steps * spec.original_epochs / spec.epochs)
+        step, num_steps = whole - num_steps + step, whole
     position = (step + 1) / (num_steps + 1)
     if position < spec.warmup:
         return spec.learning_rate * (0.04 + 0.96 * position / spec.warmup)

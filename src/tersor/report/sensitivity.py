@@ -45,8 +45,8 @@ def conclusion(answer: Answer) -> str:
     if not total:
         return f"At {_bits(fewest)} no layer changes the outputs at all."
     said = (
-        f"At {_bits(fewest)} {_listed([clean(layer['layer']) for layer in worst])} "
-        f"hurt{'s' if len(worst) == 1 else ''} most: KL {_listed([nats(h) for h in harms])} nats"
+        f"At {_bits(fewest)} {listed([clean(layer['layer']) for layer in worst])} "
+        f"hurt{'s' if len(worst) == 1 else ''} most: KL {listed([nats(h) for h in harms])} nats"
     )
     if len(answer["layers"]) > len(worst):
         share = percent(math.fsum(harms) / total, 0)
@@ -263,7 +263,8 @@ def _bits(bits: int | str) -> str:
     return count(int(bits), "bit")
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 

@@ -7,15 +7,26 @@ import math
 
 from tersor.specs.spec import Spec, one_of, require
 
+LEARNING_SCHEDULES = ("one_cycle", "rewind", "cosine", "constant")
+DEFAULT_WARMUP = 0.2
+
 
 @dc.dataclass(frozen=True)
 class Finetune(Spec, kind="finetune"):
     """One training loop for training, fine-tuning and distillation.
 
-    `learning_rate` is the peak of a one-cycle schedule: it rises over the share `warmup` of the
-    steps and falls to zero by a half cosine. `small_epochs` epochs at the start run on images of
-    `small_size` pixels (0: none), which costs less. `distill` is the share of the loss that comes from a
-    teacher's logits, at `temperature`; at 1 no labels are used.
+    `learning_rate` is the peak of `schedule`. one_cycle: it rises over the share `warmup` of the steps
+    and falls to zero by a half cosine; rewind: the last `epochs` of a one-cycle training of
+    `original_epochs` once more (learning-rate rewinding, Renda 2020); cosine: from the peak to zero;
+    constant. `small_epochs` epochs at the start run on images of `small_size` pixels (0: none), which
+    costs less.
+    `distill` is the share of the loss that comes from a teacher's logits, at `temperature`; at 1 no
+    labels are used. `hints` is the share that comes from matching the teacher's features inside
+    (FitNets, Romero 2015), and distill and labels share the rest; at `hint_layers`, each NAME or
+    STUDENT=TEACHER, by default at the inputs of strided stages.
+    `slimming` times the sum of |gamma| of batch norms is added to the loss (Liu 2017), `stripes` times
+    the sum of |I| of filter skeletons (Meng 2020). `gradient_topk` is the share of each weight's gradient
+    that a step applies, the largest; the rest waits (Lin 2018); 0: all of it.
     `precision` "bf16" is autocast where the processor has it, else float32, and is reported.
     `compile` "auto" times both forms when the run is long enough to repay compiling.
     """
@@ -26,7 +37,7 @@ class Finetune(Spec, kind="finetune"):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.05
-    warmup: float = 0.2
+    warmup: float = DEFAULT_WARMUP
     ema_decay: float = 0.99
     small_size: int = 0
     small_epochs: float = 0.0
@@ -36,6 +47,13 @@ class Finetune(Spec, kind="finetune"):
     precision: str = "bf16"
     compile: str = "auto"
     seed: int = 0
+    schedule: str = "one_cycle"
+    original_epochs: float = 0.0
+    hints: float = 0.0
+    hint_layers: tuple[str, ...] = ()
+    slimming: float = 0.0
+    stripes: float = 0.0
+    gradient_topk: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,10 +66,12 @@ class Finetune(Spec, kind="finetune"):
         require(
             self.batch_size >= 2, f"finetune.batch_size must be 2 or more, got {self.batch_size}"
         )
-        for name in ("momentum", "label_smoothing", "warmup", "ema_decay"):
+        for name in ("momentum", "label_smoothing", "warmup", "ema_decay", "gradient_topk"):
             value = getattr(self, name)
             require(0 <= value < 1, f"finetune.{name} must be in [0, 1), got {value!r}")
-        require(0 <= self.distill <= 1, f"finetune.distill must be in [0, 1], got {self.distill!r}")
+        for name in ("distill", "hints"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"finetune.{name} must be in [0, 1], got {value!r}")
         require(
             0 <= self.small_epochs <= self.epochs,
             f"finetune.small_epochs must be between 0 and epochs ({self.epochs}), got "
@@ -61,10 +81,59 @@ class Finetune(Spec, kind="finetune"):
             self.small_size >= 0,
             f"finetune.small_size must be 0 (none) or more, got {self.small_size!r}",
         )
-        require(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            f"finetune.weight_decay must be finite and 0 or more, got {self.weight_decay!r}",
-        )
+        for name in ("weight_decay", "original_epochs", "slimming", "stripes"):
+            value = getattr(self, name)
+            require(
+                math.isfinite(value) and value >= 0,
+                f"finetune.{name} must be finite and 0 or more, got {value!r}",
+            )
         one_of("finetune.augment", self.augment, ("none", "flip_crop", "crop"))
         one_of("finetune.precision", self.precision, ("bf16", "float32"))
         one_of("finetune.compile", self.compile, ("auto", "on", "off"))
+        one_of("finetune.schedule", self.schedule, LEARNING_SCHEDULES)
+        require(
+            isinstance(self.hint_layers, tuple)
+            and all(isinstance(name, str) and name for name in self.hint_layers),
+            f"finetune.hint_layers must be names of layers, got {self.hint_layers!r}",
+        )
+        _refuse_contradictions(self)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher is run."""
+        return self.distill > 0 or self.hints > 0
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether labels are read."""
+        return self.distill < 1 and self.hints < 1
+
+
+def _refuse_contradictions(spec: Finetune) -> None:
+    """Combinations in which an option would be ignored or cannot mean anything, each with its reason."""
+    if spec.schedule == "rewind":
+        require(
+            spec.original_epochs >= spec.epochs,
+            "finetune.schedule rewind replays the last epochs of another training: give its length as "
+            f"original_epochs, at least epochs ({spec.epochs}), got {spec.original_epochs!r}",
+        )
+    else:
+        require(
+            spec.original_epochs == 0,
+            f"finetune.original_epochs is for schedule rewind, got {spec.original_epochs!r} with "
+            f"{spec.schedule}",
+        )
+    require(
+        spec.schedule in ("one_cycle", "rewind") or spec.warmup in (0.0, DEFAULT_WARMUP),
+        f"finetune.warmup is for schedule one_cycle or rewind; {spec.schedule} starts at its peak, got "
+        f"warmup={spec.warmup!r}",
+    )
+    require(
+        not spec.hint_layers or spec.hints > 0,
+        f"finetune.hint_layers {spec.hint_layers!r} without hints: give the share of the loss they have",
+    )
+    require(
+        spec.hints < 1 or spec.distill == 0,
+        f"finetune.hints 1 leaves no share of the loss for distill, got distill={spec.distill!r}; lower "
+        "hints",
+    )
