@@ -1,9 +1,10 @@
 """What the user asks for: frozen, comparable, JSON round trip, no tensors.
 
-A spec is a request (`Prune`, `Quantize`, `Finetune`, `Recipe`); a `Plan` is the answer of a method:
+A spec is a request (`Prune`, `Quantize`, `Factorize`, `Finetune`, `Recipe`); a `Plan` is the answer of a method:
 one decision per layer, which can be printed, saved and applied again to a fresh instance.
 """
 
+from tersor.specs.factorize import Factorize
 from tersor.specs.finetune import Finetune
 from tersor.specs.plan import LayerPlan, Plan, Recipe
 from tersor.specs.prune import Prune
@@ -14,6 +15,7 @@ __all__ = [
     "GRANULARITIES",
     "KINDS",
     "WEIGHT_CODES",
+    "Factorize",
     "Finetune",
     "LayerPlan",
     "Plan",
