@@ -14,7 +14,7 @@ from torch import nn
 
 from tersor.errors import DataError, ModelError
 from tersor.methods.calibrate import CHUNK, checked_batches
-from tersor.methods.finetune import on_device
+from tersor.methods.device import on_device
 from tersor.tensors.factorize import OutputMoments
 
 FloatArray = npt.NDArray[np.float32]
