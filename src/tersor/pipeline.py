@@ -22,13 +22,16 @@ from tersor.engines import Session, open_session
 from tersor.errors import ModelError, SpecError
 from tersor.graph.export import export_onnx
 from tersor.graph.fold import fold_copies_
+from tersor.methods import factorize as factorization
 from tersor.methods import prune as pruning
+from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.models.load import load_model
-from tersor.specs import Finetune, Plan, Prune, Quantize
+from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize
+from tersor.specs.prune import REMOVED
 
 CALIBRATION_BATCH = 64
 # One epoch at a small rate, from the float network's outputs alone: no labels.
@@ -127,8 +130,8 @@ def calibration_batches(splits: Splits, num_images: int) -> Iterator[npt.NDArray
 
 
 @dc.dataclass(frozen=True)
-class PrunedModel:
-    """A pruned network in the three states the study compares; a state not asked for is None."""
+class Compressed:
+    """A changed network in the three states the study compares; a state not asked for is None."""
 
     one_shot: nn.Module
     reestimated: nn.Module | None
@@ -153,26 +156,73 @@ def prune_model(
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
-) -> PrunedModel:
-    """Prune, re-estimate batch norm from calibration inputs, and fine-tune with the masks kept."""
-    pruned = pruning.prune(module, spec, seed=seed)
-    fresh = None
+) -> Compressed:
+    """Prune, re-estimate batch norm from calibration inputs, and fine-tune: with the masks kept, or
+    the network that is left of structures that are removed."""
+    if spec.structure in REMOVED:
+        decided = structured.plan(module, spec, torch.zeros(1, *splits.input_shape), seed=seed)
+        changed, masks = structured.apply(module, decided), None
+    else:
+        pruned = pruning.prune(module, spec, seed=seed)
+        decided, changed, masks = pruned.plan, pruned.module, pruned.masks
+    return _recovered(
+        module, changed, decided, splits, reestimate, recovery, masks, checkpoint, on_progress
+    )
+
+
+def factorize_model(
+    module: nn.Module,
+    splits: Splits,
+    spec: Factorize,
+    *,
+    reestimate: bool = True,
+    recovery: Finetune | None = None,
+    checkpoint: pathlib.Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Compressed:
+    """Replace layers by thinner ones in series, re-estimate batch norm, and fine-tune. No labels but
+    for a fine-tuning that uses them."""
+    inputs = calibration_batches(splits, len(splits.calibration))
+    found = factorization.factorize(module, spec, inputs)
+    return _recovered(
+        module,
+        found.module,
+        found.plan,
+        splits,
+        reestimate,
+        recovery,
+        None,
+        checkpoint,
+        on_progress,
+    )
+
+
+def _recovered(
+    original: nn.Module,
+    changed: nn.Module,
+    plan: Plan,
+    splits: Splits,
+    reestimate: bool,
+    recovery: Finetune | None,
+    masks: dict[str, torch.Tensor] | None,
+    checkpoint: pathlib.Path | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> Compressed:
+    """What every method does after it has changed a network."""
+    fresh, tuned = None, None
     if reestimate:
-        fresh = reestimate_batch_norm(
-            pruned.module, calibration_batches(splits, len(splits.calibration))
-        )
-    tuned = None
+        fresh = reestimate_batch_norm(changed, calibration_batches(splits, len(splits.calibration)))
     if recovery is not None:
         tuned = finetune(
-            fresh or pruned.module,
+            fresh or changed,
             splits,
             recovery,
-            masks=pruned.masks,
-            teacher=module if recovery.distill > 0 else None,
+            masks=masks,
+            teacher=original if recovery.distill > 0 else None,
             checkpoint=checkpoint,
             on_progress=on_progress,
         )
-    return PrunedModel(pruned.module, fresh, tuned, pruned.plan)
+    return Compressed(changed, fresh, tuned, plan)
 
 
 def quantize_graph(
