@@ -18,6 +18,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Factorize": "specs",
     "Finetune": "specs",
     "Plan": "specs",
     "Prune": "specs",
@@ -28,8 +29,9 @@ _HOMES = {
     "benchmark": "bench.timing:time_sessions",
     "evaluate": "bench.evaluate",
     "export_onnx": "graph.export",
+    "factorize": "methods.factorize",
     "finetune": "methods.finetune",
-    "load": "artifact",
+    "load": "loading",
     "load_data": "data",
     "load_model": "models",
     "open_session": "engines",

@@ -41,7 +41,16 @@ class LayerPlan(Spec, kind="layer_plan"):
 
 @dc.dataclass(frozen=True)
 class Plan(Spec, kind="plan"):
-    """The answer to a request: one decision per layer, in the order of the model."""
+    """The answer to a request: one decision per layer, in the order of the model.
+
+    `earlier` holds the plans that were applied to the network before this one, in their order.
+    """
 
     request: Spec
     layers: tuple[LayerPlan, ...] = ()
+    earlier: tuple[Plan, ...] = ()
+
+    def after(self, plans: tuple[Plan, ...]) -> Plan:
+        """This plan, applied after `plans`."""
+        flat = tuple(each for plan in plans for each in (*plan.earlier, plan))
+        return dc.replace(self, earlier=tuple(dc.replace(each, earlier=()) for each in flat))
