@@ -34,10 +34,7 @@ def plan(
     cannot run or that holds nothing to remove, SpecError for a pattern that matches no layer, BudgetError where
     spec.macs is below what the floors allow.
     """
-    if spec.structure not in REMOVED:
-        raise SpecError(
-            f"structure {spec.structure!r} leaves zeros; expected one that is removed: {', '.join(REMOVED)}"
-        )
+    _refuse_unused(spec)
     found = found if found is not None else coupled_groups(module, example)
     groups, skipped = _chosen(module, spec, found)
     if not groups:
@@ -56,6 +53,25 @@ def apply(module: nn.Module, decided: Plan) -> nn.Module:
     Nothing is traced. Raises ModelError where the plan does not fit.
     """
     return removed(module, decided.layers)
+
+
+def _refuse_unused(spec: Prune) -> None:
+    """A field that would be ignored is an error."""
+    if spec.structure not in REMOVED:
+        raise SpecError(
+            f"structure {spec.structure!r} leaves zeros; expected one that is removed: {', '.join(REMOVED)}"
+        )
+    unused = {
+        "structure": spec.structure == "block",
+        "scope": spec.scope == "auto",
+        "reconstruct": spec.reconstruct,
+        "schedule": spec.schedule != "one_shot",
+    }
+    for name, given in unused.items():
+        if given:
+            raise SpecError(
+                f"prune.{name}={getattr(spec, name)!r} is not known to structured pruning yet; leave it out"
+            )
 
 
 def _chosen(module: nn.Module, spec: Prune, found: Coupling) -> tuple[list[Group], set[str]]:
