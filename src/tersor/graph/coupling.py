@@ -89,9 +89,9 @@ def _label_training(tracer: Tracer, twin: nn.Module, example: Any) -> bool:
 def masked(module: nn.Module, example: Any, found: Coupling, units: Removed) -> Any:
     """What `module` gives in eval mode when the values of the removed units are multiplied by zero just before each
     product or sum that reads them."""
-    twin = copy.deepcopy(module).eval()
-    tracer = Tracer(twin, found.choices, found.nodes_of(units))
-    return tracer.run(example)
+    if any(part.training for part in module.modules()):
+        module = copy.deepcopy(module).eval()
+    return Tracer(module, found.choices, found.nodes_of(units)).run(example)
 
 
 def random_twin(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -203,17 +203,14 @@ class _Proof:
         except Exception as error:
             return _Problem(f"without it the network does not run: {_words(error)}", tuple(within))
         del smaller  # networks of a billion weights fit twice, not three times
-        tracer = Tracer(self.twin, self.found.choices, self.found.nodes_of(units))
-        expected = tree_leaves(tracer.run(self.example))
+        expected = tree_leaves(masked(self.twin, self.example, self.found, units))
         for one, other in zip(outputs, expected, strict=True):
             if isinstance(one, Tensor) and not _same(one, other):
                 return _Problem("without it the network computes something else")
         return None
 
 
-def _touching(
-    batch: list[Group], within: Sequence[str]
-) -> tuple[list[Group], list[Group]]:
+def _touching(batch: list[Group], within: Sequence[str]) -> tuple[list[Group], list[Group]]:
     """The groups of `batch` with slices in the innermost module that some of them touch, and the others; halves where
     that tells none apart."""
     for name in reversed(within):

@@ -31,20 +31,20 @@ def plan(
 
     `example` is a small input of a legal size (N, ...), or a tuple of inputs; with spec.macs the multiplications of one
     run on it are counted. `found` is the coupling, where it is known already. Raises ModelError for a network that
-    cannot run or that holds nothing to remove, SpecError for a pattern that matches no layer, BudgetError where
-    spec.macs is below what the floors allow.
+    cannot run or that holds nothing to remove, SpecError for a pattern that matches no layer or a field that has no
+    meaning here, BudgetError where spec.macs is below what the floors allow.
     """
-    _refuse_unused(spec)
     found = found if found is not None else coupled_groups(module, example)
-    groups, skipped = _chosen(module, spec, found)
-    if not groups:
-        raise ModelError(
-            f"{type(module).__name__} has no {spec.structure} that can be removed; {_first_reason(found)}"
-        )
+    return _written(module, spec, found, chosen_units(module, spec, found, seed=seed))
+
+
+def chosen_units(module: nn.Module, spec: Prune, found: Coupling, *, seed: int = 0) -> Units:
+    """The units of each group of `found` that go; raises what `plan` does."""
+    _refuse_unused(spec)
+    groups = _candidates(module, spec, found)
     scores = {group.name: _scores(module, group, spec, seed) for group in groups}
     order = _order(groups, scores, spec)
-    units = _within_macs(found, spec, order) if spec.macs > 0 else order(spec.sparsity)
-    return Plan(spec, _lines(module, found, units, skipped))
+    return _within_macs(found, spec, order) if spec.macs > 0 else order(spec.sparsity)
 
 
 def apply(module: nn.Module, decided: Plan) -> nn.Module:
@@ -74,23 +74,25 @@ def _refuse_unused(spec: Prune) -> None:
             )
 
 
-def _chosen(module: nn.Module, spec: Prune, found: Coupling) -> tuple[list[Group], set[str]]:
-    """The groups that may lose units, and the layers whose outputs are excluded."""
-    skipped = excluded_layers([name for name, _ in weight_layers(module)], spec.exclude)
+def _skipped(module: nn.Module, spec: Prune) -> set[str]:
+    return excluded_layers([name for name, _ in weight_layers(module)], spec.exclude)
+
+
+def _candidates(module: nn.Module, spec: Prune, found: Coupling) -> list[Group]:
+    """The groups that may lose units."""
+    skipped, tensors = _skipped(module, spec), dict(module.named_parameters())
     groups = []
     for group in found.groups:
-        made = [m for m in group.members if m.role == "output"]
-        dims = {
-            module.get_parameter(m.name).ndim > 2
-            for m in made
-            if m.name in dict(module.named_parameters())
-        }
-        wanted = {"channel": True, "filter": dims == {True}, "neuron": dims == {False}}.get(
-            spec.structure, False
-        )
-        if wanted and not any(m.name.rpartition(".")[0] in skipped for m in made):
+        made = [m.name for m in group.members if m.role == "output"]
+        dims = {tensors[name].ndim > 2 for name in made if name in tensors}
+        wanted = {"channel": True, "filter": dims == {True}, "neuron": dims == {False}}
+        if wanted[spec.structure] and not any(n.rpartition(".")[0] in skipped for n in made):
             groups.append(group)
-    return groups, skipped
+    if not groups:
+        raise ModelError(
+            f"{type(module).__name__} has no {spec.structure} that can be removed; {_first_reason(found)}"
+        )
+    return groups
 
 
 def _first_reason(found: Coupling) -> str:
@@ -182,11 +184,9 @@ def _within_macs(found: Coupling, spec: Prune, order: Callable[[float], Units]) 
     return order(high)
 
 
-def _lines(
-    module: nn.Module, found: Coupling, units: Units, skipped: set[str]
-) -> tuple[LayerPlan, ...]:
+def _written(module: nn.Module, spec: Prune, found: Coupling, units: Units) -> Plan:
     """What goes, and of every other layer why it keeps its outputs."""
-    lines = list(lines_of(module, found.kept(units)))
+    lines, skipped = list(lines_of(module, found.kept(units))), _skipped(module, spec)
     changed = {line.layer: line for line in lines}
     reasons = {f.name.removesuffix(".weight"): f.reason for f in found.frozen}
     for name, _ in weight_layers(module):
@@ -201,4 +201,4 @@ def _lines(
             )
         else:
             lines.append(LayerPlan(name, "keep", reason=reason))
-    return tuple(lines)
+    return Plan(spec, tuple(lines))
