@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from tersor.errors import BudgetError, ModelError, SpecError
 from tersor.graph.coupling import coupled_groups
 from tersor.graph.groups import Coupling, Group
-from tersor.graph.labels import Nodes
+from tersor.graph.labels import Nodes, named_tensors
 from tersor.graph.layers import weight_layers
 from tersor.graph.select import excluded_layers
 from tersor.graph.surgery import lines_of, removed
@@ -41,6 +41,7 @@ def plan(
 def chosen_units(module: nn.Module, spec: Prune, found: Coupling, *, seed: int = 0) -> Units:
     """The units of each group of `found` that go; raises what `plan` does."""
     _refuse_unused(spec)
+    _require_finite(module)
     groups = _candidates(module, spec, found)
     scores = {group.name: _scores(module, group, spec, seed) for group in groups}
     order = _order(groups, scores, spec)
@@ -72,6 +73,20 @@ def _refuse_unused(spec: Prune) -> None:
             raise SpecError(
                 f"prune.{name}={getattr(spec, name)!r} is not known to structured pruning yet; leave it out"
             )
+
+
+def _require_finite(module: nn.Module) -> None:
+    """A NaN would rank anywhere."""
+    bad = [
+        name
+        for name, tensor in named_tensors(module)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        raise ModelError(
+            f"{', '.join(map(repr, bad[:5]))}{' and more' if len(bad) > 5 else ''}: NaN or infinite values; train "
+            "the network again or mend its file"
+        )
 
 
 def _skipped(module: nn.Module, spec: Prune) -> set[str]:
@@ -106,10 +121,6 @@ def _first_reason(found: Coupling) -> str:
 def _scores(module: nn.Module, group: Group, spec: Prune, seed: int) -> torch.Tensor:
     """Saliency of each unit, float64, mean 1."""
     saliency = UNIT_CRITERIA[spec.criterion](_values(module, group), seed).double()
-    if not torch.isfinite(saliency).all():
-        raise ModelError(
-            f"the units of {group.name!r} hold NaN or infinite weights; mend the network first"
-        )
     return saliency / max(float(saliency.mean()), 1e-300)
 
 
