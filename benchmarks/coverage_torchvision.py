@@ -79,7 +79,7 @@ def measured(name):
     spec = Prune(structure="channel", sparsity=0.5)
     decided = from_dict(json.loads(json.dumps(plan(module, spec, example, found=found).to_dict())))
     planned = time.perf_counter()
-    units = chosen_units(module, spec, found)
+    units = chosen_units(module, spec, example, found)
     outputs = sum(layer.weight.shape[0] for _, layer in weight_layers(module))
     before = sum(p.numel() for p in module.parameters())
     twin, example = random_twin(module), example.double()

@@ -85,7 +85,7 @@ def test_macs_are_met_and_nearly_used_up(macs, scope, criterion):
     net = load_model("digits_net", seed=1)
     found = COUPLED.setdefault("digits_net", coupled_groups(net, EXAMPLE))
     spec = channel(macs=macs, scope=scope, criterion=criterion)
-    units = chosen_units(net, spec, found)
+    units = chosen_units(net, spec, EXAMPLE, found)
     smaller = apply(net, plan(net, spec, EXAMPLE, found=found))
     assert flops(smaller) <= macs * flops(net)
     assert flops(smaller) == 2 * found.macs(units)
@@ -99,7 +99,7 @@ def test_global_scope_takes_the_lowest_of_all_layers(found):
     net = load_model("digits_net", seed=1)
     with torch.no_grad():
         net.features[3].weight[:40] *= 1e-3  # far below the mean of its layer
-    gone = chosen_units(net, channel(sparsity=40 / 288, scope="global"), found)
+    gone = chosen_units(net, channel(sparsity=40 / 288, scope="global"), EXAMPLE, found)
     assert set(range(40)) == set(gone["features.3"].tolist())
     assert sum(len(units) for units in gone.values()) == 40
 
@@ -167,36 +167,41 @@ def test_a_plan_of_another_network_is_refused_with_names(net, found):
 @pytest.mark.parametrize("name", list(UNIT_CRITERIA))
 def test_every_criterion(name, net, found):
     draw = torch.Generator().manual_seed(3)
-    values = UnitValues(
-        7,
-        [torch.randn(7, 12, generator=draw), torch.randn(7, 5, generator=draw) * 9],
-        [torch.randn(7, 4, generator=draw)],
-        [torch.rand(7, 1, generator=draw)],
-    )
-    saliency = UNIT_CRITERIA[name](values, 0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    parts = [noise(7, 12), noise(7, 5) * 9], [noise(7, 2, 4)], [noise(7, 1)], [noise(7, 2).abs()]
+    effects = noise(3, 7)
+    saliency = UNIT_CRITERIA[name](UnitValues(7, *parts, effects), 0)
     assert saliency.shape == (7,) and bool((saliency >= 0).all())
-    assert torch.equal(saliency, UNIT_CRITERIA[name](values, 0))
+    assert torch.equal(saliency, UNIT_CRITERIA[name](UnitValues(7, *parts, effects), 0))
     if name == "random":
-        assert not torch.equal(saliency, UNIT_CRITERIA[name](values, 1))
+        assert not torch.equal(saliency, UNIT_CRITERIA[name](UnitValues(7), 1))
     else:  # units are judged by their values, not by their place
         order = torch.randperm(7, generator=draw)
-        moved = UnitValues(7, *([part[order] for part in held] for held in (values.outputs, values.inputs, values.scales)))  # fmt: skip
+        moved = UnitValues(7, *([p[order] for p in held] for held in parts), effects[:, order])
         assert torch.allclose(UNIT_CRITERIA[name](moved, 0), saliency[order], rtol=1e-5)
         # Layers whose units are all zero say nothing, and divide nothing by zero.
-        empty = UnitValues(7, [torch.zeros(7, 3)], [torch.zeros(7, 3)], [torch.zeros(7, 1)])
-        assert torch.equal(UNIT_CRITERIA[name](empty, 0), torch.ones(7))
-    decided = plan(net, channel(sparsity=0.25, criterion=name), EXAMPLE, found=found)
+        empty = UnitValues(7, *([0 * p for p in held] for held in parts), effects * 0)
+        same = 0.0 if UNIT_CRITERIA[name].comparable else 1.0
+        assert torch.equal(UNIT_CRITERIA[name](empty, 0), torch.full((7,), same))
+    spec = channel(sparsity=0.25, criterion=name)
+    decided = plan(net, spec, EXAMPLE, found=found, inputs=[IMAGES.numpy()])
     assert channels(apply(net, decided)) == {n: w * 3 // 4 for n, w in WIDTHS.items()}
+    if UNIT_CRITERIA[name].needs:
+        with pytest.raises(SpecError, match=f"{name}.*needs calibration inputs"):
+            plan(net, spec, EXAMPLE, found=found)
 
 
 def test_criteria_against_numpy(net, found):
     weight = net.features[3].weight.detach().double().flatten(1).numpy()
     gamma = net.features[4].weight.detach()
-    gone = chosen_units(net, channel(criterion="l1"), found)["features.3"]
+    gone = chosen_units(net, channel(criterion="l1"), EXAMPLE, found)["features.3"]
     assert set(gone) == set(abs(weight).sum(1).argsort()[:32])
-    gone = chosen_units(net, channel(criterion="l2"), found)["features.3"]
+    gone = chosen_units(net, channel(criterion="l2"), EXAMPLE, found)["features.3"]
     assert set(gone) == set((weight**2).sum(1).argsort()[:32])
-    gone = chosen_units(net, channel(criterion="fpgm"), found)["features.3"]
+    gone = chosen_units(net, channel(criterion="fpgm"), EXAMPLE, found)["features.3"]
     distance = ((weight[:, None] - weight[None]) ** 2).sum(-1) ** 0.5
     assert set(gone) == set(distance.sum(1).argsort()[:32])
     assert float(gamma.min()) == 1.0 == float(gamma.max())  # a fresh batch norm tells none apart
@@ -206,19 +211,19 @@ def test_batch_norms_scale_decides_where_asked(found):
     net = load_model("digits_net", seed=1)
     with torch.no_grad():
         net.features[4].weight.copy_(torch.linspace(-1, 1, 64))
-    gone = chosen_units(net, channel(criterion="bn_gamma"), found)["features.3"]
+    gone = chosen_units(net, channel(criterion="bn_gamma"), EXAMPLE, found)["features.3"]
     assert set(gone.tolist()) == set(range(16, 48))
 
 
 def test_nothing_frozen_is_chosen(net, found):
-    gone = found.nodes_of(chosen_units(net, channel(sparsity=0.9), found))
+    gone = found.nodes_of(chosen_units(net, channel(sparsity=0.9), EXAMPLE, found))
     assert not gone[STAYS]
 
 
 @pytest.mark.parametrize(
-    "fields", [{"scope": "auto"}, {"reconstruct": True}, {"schedule": "iterative", "rounds": 2}, {"structure": "block"}],
+    "fields", [{"reconstruct": True}, {"schedule": "iterative", "rounds": 2}, {"structure": "block"}],
     ids=lambda f: next(iter(f)),
 )  # fmt: skip
 def test_fields_that_would_be_ignored_are_refused(net, found, fields):
     with pytest.raises(SpecError, match="not known to structured pruning yet"):
-        plan(net, channel(**fields) if "structure" not in fields else Prune(**fields), EXAMPLE, found=found)  # fmt: skip
+        plan(net, Prune(**{"structure": "channel", **fields}), EXAMPLE, found=found)
