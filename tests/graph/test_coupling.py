@@ -1,12 +1,16 @@
 """Pruned equals masked, in float64, on hand-written hard cases; what cannot go stays, with a reason."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from tersor.engines import open_session
 from tersor.graph.coupling import coupled_groups, half_of, masked, random_twin
+from tersor.graph.export import export_onnx
 from tersor.graph.surgery import lines_of, removed
+from tersor.models.load import load_weights_, save_weights
 
 
 class Concat(nn.Module):
@@ -183,3 +187,26 @@ def test_pruned_equals_masked(build, shape):
     assert torch.allclose(out, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
     count = sum(p.numel() for p in smaller.parameters())
     assert count < 0.75 * sum(p.numel() for p in twin.parameters())
+
+
+@pytest.mark.parametrize(("build", "shape"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_pruned_saved_loaded_and_run_by_the_engine(build, shape, tmp_path):
+    torch.manual_seed(0)
+    module = build()
+    found = coupled_groups(module, torch.randn(shape))
+    lines = lines_of(module, found.kept({group.name: half_of(group) for group in found.groups}))
+    smaller = removed(module, lines).eval()
+    save_weights(smaller, tmp_path / "smaller.safetensors")
+    loaded = removed(build(), lines).eval()
+    load_weights_(loaded, tmp_path / "smaller.safetensors")
+    inputs = torch.randn(3, *shape[1:])
+    with torch.no_grad():
+        expected, again = smaller(inputs), loaded(inputs)
+    if isinstance(expected, dict):
+        expected, again = expected["logits"], again["logits"]
+    assert torch.equal(again, expected)
+    if len(shape) == 4:  # deployment graphs read images
+        graph = export_onnx(loaded, shape[1:])
+        got = open_session(graph, threads=1).run(inputs.numpy())
+        scale = float(expected.abs().max())
+        assert np.abs(got - expected.numpy()).max() <= 1e-5 * scale

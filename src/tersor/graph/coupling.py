@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tersor.errors import ModelError
 from tersor.graph import movement, products, rules  # noqa: F401  they register what operations do
 from tersor.graph.groups import Coupling, Frozen, Group, Removed, grouped
 from tersor.graph.surgery import lines_of, removed
-from tersor.graph.trace import Choices, Tracer, run
+from tersor.graph.trace import Choices, Tracer, run, watching
 
 PROVEN = 1e-10  # largest relative distance of outputs, in float64
 
@@ -36,7 +37,7 @@ def coupled_groups(module: nn.Module, example: Any) -> Coupling:
     """
     found = label(module, example)
     twin, inputs = random_twin(module), tree_map(_double, example)
-    bad = _Proof(twin, inputs, found).failing()
+    bad = _Proof(twin, inputs, found).failing() or {}
     tried: dict[str, int] = {}
     while bad:
         # Another answer at a place where labels could lie on one of several axes may do.
@@ -50,8 +51,8 @@ def coupled_groups(module: nn.Module, example: Any) -> Coupling:
             break
         tried.update({place: tried.get(place, 0) + 1 for place in open_sites})
         other = label(module, example, {**found.choices, **tried})
-        failing = _Proof(twin, inputs, other).failing()
-        if _weight(other, failing) > _weight(found, bad):
+        failing = _Proof(twin, inputs, other).failing(bad, _weight(found, bad))
+        if failing is not None:
             found, bad = other, failing
     return _without(found, bad)
 
@@ -88,9 +89,9 @@ def _label_training(tracer: Tracer, twin: nn.Module, example: Any) -> bool:
 def masked(module: nn.Module, example: Any, found: Coupling, units: Removed) -> Any:
     """What `module` gives in eval mode when the values of the removed units are multiplied by zero just before each
     product or sum that reads them."""
-    twin = copy.deepcopy(module).eval()
-    tracer = Tracer(twin, found.choices, found.nodes_of(units))
-    return tracer.run(example)
+    if any(part.training for part in module.modules()):
+        module = copy.deepcopy(module).eval()
+    return Tracer(module, found.choices, found.nodes_of(units)).run(example)
 
 
 def random_twin(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -124,18 +125,35 @@ def half_of(group: Group, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.sort(rng.permutation(group.num_units)[: group.num_units // 2])
 
 
+@dc.dataclass(frozen=True)
+class _Problem:
+    """Why groups cannot go together, and the modules that were running then, the innermost last."""
+
+    reason: str
+    within: tuple[str, ...] = ()
+
+
 class _Proof:
-    """Tests of groups on the twin, by halves, so that few bad ones among many cost few runs."""
+    """Tests of groups on the twin: all at once, then those that touch the module that failed, or by halves."""
 
     def __init__(self, twin: nn.Module, example: Any, found: Coupling) -> None:
         self.twin, self.example, self.found = twin, example, found
 
-    def failing(self) -> dict[str, str]:
-        """The groups that cannot be removed, and why."""
+    def failing(
+        self, suspects: Mapping[str, str] | None = None, more_than: int = -1
+    ) -> dict[str, str] | None:
+        """The groups that cannot be removed, and why; `suspects` are tested first.
+
+        None as soon as it is clear that the others could remove no more than `more_than` elements.
+        """
         proven: list[Group] = []
         bad: dict[str, str] = {}
-        pending = [list(self.found.groups)]
+        groups, feared = list(self.found.groups), set(suspects or ())
+        pending = [[g for g in groups if g.name not in feared]]
+        pending.append([g for g in groups if g.name in feared])
         while pending:
+            if _weight(self.found, bad) <= more_than:
+                return None
             batch = [group for group in pending.pop() if group.name not in bad]
             if not batch:
                 continue
@@ -143,13 +161,13 @@ class _Proof:
             if problem is None:
                 proven += batch
             elif len(batch) == 1:
-                bad[batch[0].name] = problem
+                bad[batch[0].name] = problem.reason
                 peers = [g for g in self._peers(batch[0]) if g.name not in bad and g not in proven]
                 if peers and (again := self.problem([*proven, *peers])) is not None:
-                    bad.update({peer.name: again for peer in peers})
+                    bad.update({peer.name: again.reason for peer in peers})
             else:
-                middle = len(batch) // 2
-                pending += [batch[middle:], batch[:middle]]
+                first, rest = _touching(batch, problem.within)
+                pending += [rest, first]
         return bad
 
     def _peers(self, group: Group) -> list[Group]:
@@ -158,8 +176,8 @@ class _Proof:
         if not owner:
             return []
         kind = type(self.twin.get_submodule(owner))
-        if kind.__module__.startswith("torch.nn."):
-            return []
+        if kind.__module__ == nn.Sequential.__module__:
+            return []  # containers say nothing of what their parts are for
         return [
             other
             for other in self.found.groups
@@ -168,21 +186,39 @@ class _Proof:
             and type(self.twin.get_submodule(other.name.rpartition(".")[0])) is kind
         ]
 
-    def problem(self, groups: list[Group]) -> str | None:
+    def problem(self, groups: list[Group]) -> _Problem | None:
         """Why half of these groups cannot go together, or None where they can."""
         units = {group.name: half_of(group) for group in groups if group.num_units > 1}
         smaller = removed(self.twin, lines_of(self.twin, self.found.kept(units)))
+        within: list[str] = []
+
+        def leave() -> None:  # a hook that returns something would replace the output
+            within.pop()
+
         try:
-            outputs = tree_leaves(run(smaller, self.example))
+            with watching(smaller, within.append, leave):
+                outputs = tree_leaves(run(smaller, self.example))
             if self.found.trained:
                 run(copy.deepcopy(smaller).train(), tree_map(_twice, self.example))
         except Exception as error:
-            return f"without it the network does not run: {_words(error)}"
+            return _Problem(f"without it the network does not run: {_words(error)}", tuple(within))
+        del smaller  # networks of a billion weights fit twice, not three times
         expected = tree_leaves(masked(self.twin, self.example, self.found, units))
         for one, other in zip(outputs, expected, strict=True):
             if isinstance(one, Tensor) and not _same(one, other):
-                return "without it the network computes something else"
+                return _Problem("without it the network computes something else")
         return None
+
+
+def _touching(batch: list[Group], within: Sequence[str]) -> tuple[list[Group], list[Group]]:
+    """The groups of `batch` with slices in the innermost module that some of them touch, and the others; halves where
+    that tells none apart."""
+    for name in reversed(within):
+        inside = [g for g in batch if any(m.name.startswith(f"{name}.") for m in g.members)]
+        if name and 0 < len(inside) < len(batch):
+            return inside, [group for group in batch if group not in inside]
+    middle = len(batch) // 2
+    return batch[:middle], batch[middle:]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -192,7 +228,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(torch.isfinite(one).all()) and bool((one - other).abs().max() <= PROVEN * size)
 
 
-def _weight(found: Coupling, bad: dict[str, str]) -> int:
+def _weight(found: Coupling, bad: Mapping[str, str]) -> int:
     """Elements that the good groups could remove, to compare two answers."""
     total = 0
     for group in found.groups:
