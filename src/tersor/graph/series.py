@@ -90,14 +90,6 @@ def fill_(series: nn.Module, factors: Factors) -> None:
             series[-1].get_parameter("bias").copy_(factors.bias)
 
 
-def replace_(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands in `module`: a shared layer has several places."""
-    for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
 def _zeros(kind: Any, *sizes: Any, **options: Any) -> nn.Module:
     """A layer with zero weights, made without a draw from anybody's random numbers."""
     layer: nn.Module = nn.utils.skip_init(kind, *sizes, **options)  # type: ignore[no-untyped-call]

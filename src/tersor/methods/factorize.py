@@ -7,7 +7,6 @@ import copy
 import dataclasses as dc
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 from torch import nn
 
 from tersor.errors import BudgetError, ModelError
+from tersor.graph.exchange import fixed_layers, replace_
 from tersor.graph.layers import weight_layers
-from tersor.graph.select import excluded_layers
-from tersor.graph.series import FACTORIZED, fill_, ranks_fit, replace_, series_cost, series_of
+from tersor.graph.series import FACTORIZED, fill_, ranks_fit, series_cost, series_of
 from tersor.methods.layer_outputs import LayerOutputs, observe_outputs
 from tersor.search import Option, allocate
 from tersor.specs import Factorize, LayerPlan, Plan
@@ -50,7 +49,7 @@ def observe(
     Raises what `observe_outputs` does, and ModelError for a network without layers.
     """
     names = [name for name, _ in _layers(module)]
-    reasons = _reasons(module, spec)
+    reasons = fixed_layers(module, FACTORIZED, spec.exclude)
     close = [name for name in names if name not in reasons] if spec.needs_outputs else []
     return observe_outputs(module, batches, names, with_moments=close)
 
@@ -64,7 +63,7 @@ def plan(module: nn.Module, spec: Factorize, outputs: Outputs) -> Plan:
     budget that the lowest ranks do not meet.
     """
     layers = _layers(module)
-    reasons = _reasons(module, spec)
+    reasons = fixed_layers(module, FACTORIZED, spec.exclude)
     for name, _ in layers:
         if name not in reasons and not outputs[name].calls:
             reasons[name] = "it is never called: something else reads its weight, or nothing does"
@@ -251,31 +250,6 @@ def _layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
             f"{type(module).__name__} has no convolutional or linear layer, so nothing to factorize"
         )
     return layers
-
-
-def _reasons(module: nn.Module, spec: Factorize) -> dict[str, str]:
-    """Why layers are kept whatever their rank, by name."""
-    layers = _layers(module)
-    skipped = excluded_layers([name for name, _ in layers], spec.exclude)
-    owners = Counter(
-        id(parameter) for part in module.modules() for parameter in part._parameters.values()
-    )
-    reasons = {}
-    for name, layer in layers:
-        if name in skipped:
-            reasons[name] = "excluded by name"
-        elif type(layer) not in FACTORIZED:
-            kinds = ", ".join(kind.__name__ for kind in FACTORIZED)
-            reasons[name] = f"{type(layer).__name__} is not one of {kinds}"
-        elif getattr(layer, "groups", 1) != 1:
-            reasons[name] = f"its {layer.groups} groups are small matrices of their own"
-        elif owners[id(layer.weight)] > 1:
-            reasons[name] = "its weight is tied to another layer's"
-        elif layer._forward_hooks or layer._forward_pre_hooks:
-            reasons[name] = "it has hooks, which would be lost"
-        elif layer is module:
-            reasons[name] = "it is the whole network, whose class must stay"
-    return reasons
 
 
 def _request(decided: Plan) -> Factorize:
