@@ -87,7 +87,7 @@ def test_a_mark_lies_where_its_share_is(answer):
     svg = activity_svg(answer)
     root = ElementTree.fromstring(svg)
     said = ["".join(t.itertext()).strip("\u200b") for t in root.iter(SVG + "text")]
-    assert {"stem", "_body", "share, %", "gradients that are zero", "0", "100"} <= set(said)
+    assert {"stem", "_body", "share, %", "zero gradients", "0", "100"} <= set(said)
     rows = {}
     for mark in root.iter(SVG + "use"):
         rows.setdefault(float(mark.get("y")), set()).add(float(mark.get("x")))
