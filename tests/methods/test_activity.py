@@ -1,4 +1,4 @@
-"""Zeros inside a network: counted as a plain convolution of indicators counts them, and left out where they are padding."""
+"""Zeros inside a network are counted as a convolution of indicators counts them, padding left out."""
 
 import copy
 
@@ -22,6 +22,7 @@ def indicator(tensor):
     return (tensor != 0).double()
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=40, deadline=None)
 @given(
     groups=st.integers(1, 2),
@@ -33,8 +34,7 @@ def indicator(tensor):
     seed=st.integers(0, 99),
 )
 def test_multiplications_of_a_convolution(groups, kernel, stride, padding, dilation, mode, seed):
-    if padding == "same" or isinstance(padding, str):
-        stride = 1
+    stride = 1 if padding == "same" else stride
     generator = torch.Generator().manual_seed(seed)
     layer = nn.Conv2d(
         2 * groups, 3 * groups, (kernel, 2), stride, padding, dilation, groups, padding_mode=mode
@@ -153,7 +153,7 @@ def test_gradients_are_sparse_behind_relu_until_batch_norm_takes_the_batchs_stat
     made["body"].retain_grad()
     functional.cross_entropy(output, torch.from_numpy(labels)).backward()
     expected = (made["body"].grad == 0).double().mean().item()
-    assert 0.1 < expected
+    assert expected > 0.1
     assert found["body"].gradient_zeros == pytest.approx(expected, abs=1e-12)
     assert found["body"].gradient_zeros_training == 0
     assert found["stem"].gradient_zeros > 0

@@ -674,7 +674,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, pays):
     monkeypatch.setattr(torch, "compile", broken)
     trained = finetune(digits_net(), SPLITS, dc.replace(TINY, compile="auto"))
     assert not trained.compiled
-    assert trained.notes == ("Tapped cannot be compiled: no compiler; it ran eagerly",)
+    assert trained.notes == ("DigitsNet cannot be compiled: no compiler; it ran eagerly",)
     assert equal(trained.module, finetune(digits_net(), SPLITS, TINY).module)
     with pytest.raises(ModelError, match="no compiler; use compile=off"):
         finetune(digits_net(), SPLITS, dc.replace(TINY, compile="on"))
@@ -682,7 +682,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, pays):
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_the_faster_form_is_kept(monkeypatch, pays, slow):
-    forward = compiling.Forward(digits_net(), "auto")
+    forward = compiling.Forward(digits_net(), "auto", "DigitsNet")
     monkeypatch.setattr(torch, "compile", lambda module: module)
     images = torch.zeros(2, 1, 8, 8)
     compiled = []

@@ -129,7 +129,11 @@ def _calibrate_(
         assert isinstance(mask, KeepAbove)
         size = inputs[0].detach().abs().flatten().numpy()
         removed = int(sparsity * size.size)
-        found = float(np.partition(size, removed - 1)[removed - 1]) if removed else 0.0
+        found = 0.0
+        if removed:  # between two values, so that rounding elsewhere moves none across
+            found = float(
+                np.partition(size, (removed - 1, removed))[removed - 1 : removed + 1].mean()
+            )
         known = calibrated.get(id(layer))  # a layer called again keeps the lower one
         calibrated[id(layer)] = found if known is None else min(found, known)
         mask.threshold.fill_(calibrated[id(layer)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses as dc
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -244,27 +245,20 @@ def zeros_read(graph: onnx.ModelProto, images: FloatArray) -> float:
     return zeros / max(total, 1)
 
 
-class _watched:
+@contextlib.contextmanager
+def _watched(
+    layers: dict[str, nn.Module], watch: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
     """Calls `watch(name, input, output)` after every call of each layer, inside the block."""
 
-    def __init__(
-        self,
-        layers: dict[str, nn.Module],
-        watch: Callable[[str, torch.Tensor, torch.Tensor], None],
-    ) -> None:
-        self.layers, self.watch = layers, watch
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+    def hooked(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        return layer.register_forward_hook(lambda _, given, made: watch(name, given[0], made))
 
-    def __enter__(self) -> None:
-        for name, layer in self.layers.items():
-
-            def look(_: nn.Module, given: Any, made: Any, name: str = name) -> None:
-                self.watch(name, given[0], made)
-
-            self.handles.append(layer.register_forward_hook(look))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+    handles = [hooked(name, layer) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 

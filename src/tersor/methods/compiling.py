@@ -21,11 +21,11 @@ class Forward:
     """Calls `module`, compiled where `mode` is "on", or where it is "auto" and the steps left would repay it.
 
     "auto" compiles after three eager steps and goes back where the compiled step is slower, or cannot be
-    made; `notes` says so.
+    made; `notes` says so, and calls the network `name`.
     """
 
-    def __init__(self, module: nn.Module, mode: str) -> None:
-        self.module, self.mode = module, mode
+    def __init__(self, module: nn.Module, mode: str, name: str) -> None:
+        self.module, self.mode, self.name = module, mode, name
         self.compiled = mode == "on"
         self.notes: list[str] = []
         self._call: Any = torch.compile(module) if self.compiled else module
@@ -42,7 +42,7 @@ class Forward:
             return self._call(inputs)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            said = f"{type(self.module).__name__} cannot be compiled: {reason}"
+            said = f"{self.name} cannot be compiled: {reason}"
             if self.mode == "on":
                 raise ModelError(f"{said}; use compile=off") from error
             self._go_back(f"{said}; it ran eagerly")

@@ -84,7 +84,7 @@ class Loop:
         self.regressors: Regressors | None = None
         if teacher is not None and spec.needs_teacher:
             ours = self._set_teacher(teacher, torch.zeros(2, *splits.input_shape))
-        self.forward = Forward(Tapped(student, ours), spec.compile)
+        self.forward = Forward(Tapped(student, ours), spec.compile, type(student).__name__)
         self.skeletons = Skeletons(student, spec.stripes) if spec.stripes else None
         self.averaged_skeletons = None
         if self.skeletons is not None:

@@ -25,9 +25,9 @@ from tersor.report.words import clean, count, milliseconds, percent, signed, tim
 Answer = Mapping[str, Any]
 NO_GAIN = 1.05  # below it a difference of two medians is not called a gain
 SERIES_SHOWN = (
-    ("input_zeros", "inputs that are zero"),
-    ("macs_zero", "multiplications by zero"),
-    ("gradient_zeros", "gradients that are zero"),
+    ("input_zeros", "zero inputs"),
+    ("macs_zero", "MACs by zero"),
+    ("gradient_zeros", "zero gradients"),
 )
 
 
@@ -165,7 +165,8 @@ def _plot(answer: Answer) -> Plot:
         "activity",
         f"What is zero inside · {clean(answer['model'])}",
         f"Exact zeros over {count(answer['num_images'], 'training image')}; gradients of each layer's output with "
-        "batch norm as in evaluation. Layers in the order of the network.",
+        "batch norm as in evaluation. With dense weights the first two marks all but coincide. Layers in the "
+        "order of the network.",
         "share, %",
         lines=lines,
         categories=tuple(clean(layer["layer"]) for layer in layers),
