@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tersor.errors import DataError, ModelError, SpecError
 from tersor.methods.calibrate import checked_batches
-from tersor.methods.finetune import usable_precision
+from tersor.methods.device import usable_precision
 from tersor.methods.sensitivity import output_distance
 
 FloatArray = npt.NDArray[np.float32]
