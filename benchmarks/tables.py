@@ -99,7 +99,7 @@ def low_bits(told):
             f"{row['accuracy']:.2%}",
             change(row),
             f"{row['mean_bits']:.2f}",
-            row["seconds"],
+            f"{row['seconds']:g}" + ("" if row.get("quiet") else " (other work beside)"),
         ]
         for row in rows
     ]

@@ -15,8 +15,15 @@ PICTURES = (".html", ".svg")
 def told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[str, Any]:
     """Print the coverage table and the file; return both."""
     layers = [{k: v for k, v in d.to_dict().items() if k != "kind"} for d in plan.layers]
-    columns = ("layer", "action", "bits", "sparsity", "kept", "reason")
     shown = [layer | {"kept": _kept(layer)} for layer in layers]
+    nothing = {
+        "bits": 32,
+        "sparsity": 0,
+        "kept": "",
+        "reason": "",
+    }  # a column of these says nothing
+    telling = [name for name in nothing if any(line[name] != nothing[name] for line in shown)]
+    columns = ("layer", "action", *telling)
     show_table(output, "coverage", columns, [[layer[c] for c in columns] for layer in shown])
     say(output, f"wrote {target}, {size:,} bytes")
     return {"out": str(target), "size_bytes": size, "layers": layers}
