@@ -131,6 +131,10 @@ def draw(told, path):
                 label=f"{kind}, {rounding}",
             )
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks(
+        [-64, -16, -4, -1, -0.5, 0, 0.5], ["-64", "-16", "-4", "-1", "-0.5", "0", "+0.5"]
+    )
+    axes.minorticks_off()
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("bits a weight, mean over all weights")
     axes.set_ylabel("accuracy against float, points")
