@@ -25,7 +25,7 @@ def as_rows(layer: Layer, stored: torch.Tensor) -> torch.Tensor:
     """A tensor of the shape of `layer.weight` in the form (O, I, *kernel), a view where it can be."""
     if not isinstance(layer, TRANSPOSED):
         return stored
-    split = stored.unflatten(0, (num_groups(layer), -1))  # (G, I, O / G, *kernel)
+    split = stored.reshape(num_groups(layer), -1, *stored.shape[1:])  # (G, I, O / G, *kernel)
     return split.transpose(1, 2).flatten(0, 1)
 
 
@@ -33,7 +33,8 @@ def from_rows(layer: Layer, rows: torch.Tensor) -> torch.Tensor:
     """The inverse of `as_rows`: (O, I, *kernel) in the shape of `layer.weight`."""
     if not isinstance(layer, TRANSPOSED):
         return rows
-    return rows.unflatten(0, (num_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
+    split = rows.reshape(num_groups(layer), -1, *rows.shape[1:])
+    return split.transpose(1, 2).flatten(0, 1)
 
 
 def num_positions(layer: Layer) -> int:
@@ -60,11 +61,11 @@ def input_windows(layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
     for axis in range(rank):
         reach = (layer.kernel_size[axis] - 1) * layer.dilation[axis] + 1
         windows = windows.unfold(2 + axis, reach, 1 if transposed else layer.stride[axis])
-    index = (..., *(slice(None, None, step) for step in layer.dilation))
-    windows = windows[index].movedim(1, 1 + rank)
+        windows = windows[..., :: layer.dilation[axis]]
+    windows = windows.movedim(1, 1 + rank)
     if transposed:  # the first element of the kernel meets the last input of the window
         windows = windows.flip(tuple(range(-rank, 0)))
-    return windows.unflatten(1 + rank, (num_groups(layer), -1))
+    return torch.unflatten(windows, 1 + rank, (num_groups(layer), -1))
 
 
 def outputs_by_position(layer: Layer, outputs: torch.Tensor) -> torch.Tensor:

@@ -204,7 +204,9 @@ class _Watch:
         axis = _first_group_axis(self.layer)
         rows = as_rows(self.layer, self.weight)
         by_output = outputs_by_position(self.layer, gradient)  # (N, P, O)
-        by_output = by_output.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # (N, G, O / G, P)
+        by_output = torch.unflatten(by_output, 2, (groups, -1)).permute(
+            0, 2, 3, 1
+        )  # (N, G, O / G, P)
         windows = input_windows(self.layer, inputs)
         positions = by_output.shape[-1]
         step = max(1, GATHERED_VALUES // max(positions * groups * rows[0].numel(), rows.numel()))

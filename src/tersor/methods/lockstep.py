@@ -98,7 +98,10 @@ def stopping(
         if after:
 
             def see_output(
-                _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name
+                _: nn.Module,
+                inputs: tuple[torch.Tensor, ...],
+                output: torch.Tensor,
+                name: str = name,
             ) -> None:
                 stop(name, output)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
-import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,10 +18,14 @@ from torch import nn
 from tersor.errors import ModelError, SpecError
 from tersor.graph.layers import weight_layers
 from tersor.graph.select import excluded_layers
+from tersor.graph.weights import from_rows
 from tersor.methods import choose
 from tersor.methods.layer_statistics import layer_statistics
-from tersor.methods.prune_auto import removed_by_sensitivity
+from tersor.methods.paired_moments import CHUNK, input_chunks
+from tersor.methods.prune_auto import outputs_of, pruning_harms, removed_by_sensitivity
 from tersor.methods.reconstruct import reconstruct
+from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.methods.sensitivity import output_distance
 from tersor.specs import LayerPlan, Plan, Prune
 from tersor.specs.prune import MASKED
 from tersor.tensors.criteria import CRITERIA
@@ -105,9 +108,7 @@ def plan(
     rows = {name: rows[name] for name in before}
     if spec.scope == "auto":
         need_inputs("prune.scope auto", evidence)
-        removed = removed_by_sensitivity(
-            module, spec, before, statistics, evidence.inputs, seed=seed
-        )
+        removed = _by_sensitivity(module, spec, before, statistics, evidence, seed)
     elif spec.scope == "global":
         removed = _ranked(spec, rows, before, statistics, seed)
     else:
@@ -192,7 +193,9 @@ def prune(
 def need_inputs(asking: str, evidence: Evidence) -> None:
     """Raise SpecError where there are no inputs for what `asking` names."""
     if not len(evidence.inputs):
-        raise SpecError(f"{asking} needs unlabelled inputs, and none were given; give evidence.inputs")
+        raise SpecError(
+            f"{asking} needs unlabelled inputs, and none were given; give evidence.inputs"
+        )
 
 
 def _refuse_removal(spec: Prune) -> None:
@@ -249,4 +252,44 @@ def _ranked(
     return {
         name: choose.whole_pieces(spec, weight.shape, count)
         for (name, weight), count in zip(rows.items(), removed, strict=True)
+    }
+
+
+def _by_sensitivity(
+    module: nn.Module,
+    spec: Prune,
+    before: Masks,
+    statistics: Mapping[str, LayerStatistics],
+    evidence: Evidence,
+    seed: int,
+) -> dict[str, int]:
+    """How many weights each layer loses by its measured harm. For a distance the last quarter of the inputs
+    judges and the others fit."""
+    if not before:
+        return {}
+    whole = torch.cat(input_chunks(evidence.inputs))
+    held_out = len(whole) // 4 if spec.distance else 0
+    fitting, judging = whole[: len(whole) - held_out], whole[len(whole) - held_out :]
+    inputs = [part.numpy() for part in torch.split(fitting, CHUNK)]
+    harms = pruning_harms(module, spec, before, statistics, inputs, seed=seed)
+    original = evidence.original or module
+    masks = {
+        f"{name}.weight": from_rows(module.get_submodule(name), m) for name, m in before.items()
+    }
+
+    def distance_at(removed: Mapping[str, int]) -> float:
+        decided = tuple(
+            LayerPlan(name, "prune", sparsity=count / before[name].numel())
+            for name, count in removed.items()
+        )
+        seen = dc.replace(evidence, inputs=inputs, original=original)
+        pruned = apply(module, Plan(spec, decided), seed=seed, evidence=seen, masks=masks)
+        renewed = reestimate_batch_norm(pruned.module, inputs)
+        kept, changed = (outputs_of(m.eval(), judging) for m in (copy.deepcopy(original), renewed))
+        return output_distance(kept, changed)[0]
+
+    removed = removed_by_sensitivity(spec, harms, distance_at)
+    return {
+        name: choose.whole_pieces(spec, before[name].shape, count)
+        for name, count in removed.items()
     }

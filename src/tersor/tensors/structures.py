@@ -79,7 +79,7 @@ def n_m_mask(saliency: torch.Tensor, kept: int, of: int) -> torch.Tensor:
     """
     if torch.isnan(saliency).any():
         raise ModelError("the saliency holds NaN: the weights or their statistics are not finite")
-    return torch.cat([_largest(part, kept, of) for part in saliency.split(of, dim=1)], dim=1)
+    return torch.cat([_largest(part, kept, of) for part in torch.split(saliency, of, dim=1)], dim=1)
 
 
 def n_m_removed(inputs: int, kept: int, of: int) -> int:
