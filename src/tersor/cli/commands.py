@@ -11,6 +11,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
+from tersor.cli.distillation import distill
 from tersor.cli.measure import benchmark, evaluate, inspect
 from tersor.cli.output import Output, say, training_watch, watching
 from tersor.cli.quantization import quantize
@@ -171,6 +172,7 @@ def export(
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "demo": demo,
     "train": train,
+    "distill": distill,
     "evaluate": evaluate,
     "prune": prune,
     "quantize": quantize,
