@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from tersor.cli.activity import activity
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.compression import factorize, prune
+from tersor.cli.distillation import distill
 from tersor.cli.measure import benchmark, evaluate, inspect
 from tersor.cli.output import Output, say, training_watch, watching
 from tersor.cli.quantization import quantize
@@ -122,6 +123,7 @@ def export(
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "demo": demo,
     "train": train,
+    "distill": distill,
     "evaluate": evaluate,
     "prune": prune,
     "factorize": factorize,

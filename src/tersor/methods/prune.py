@@ -21,8 +21,8 @@ from tersor.graph.select import excluded_layers
 from tersor.graph.weights import from_rows
 from tersor.methods import choose
 from tersor.methods.layer_statistics import layer_statistics
-from tersor.methods.paired_moments import CHUNK, input_chunks
 from tersor.methods.mask_auto import outputs_of, pruning_harms, removed_by_sensitivity
+from tersor.methods.paired_moments import CHUNK, input_chunks
 from tersor.methods.reconstruct import reconstruct
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.sensitivity import output_distance
