@@ -24,6 +24,7 @@ _HOMES = {
     "Prune": "specs",
     "Quantize": "specs",
     "Recipe": "specs",
+    "Share": "specs",
     "StudySettings": "study.settings",
     "TersorError": "errors",
     "benchmark": "bench.timing:time_sessions",
@@ -41,9 +42,11 @@ _HOMES = {
     "quantize": "methods.quantize",
     "quantize_network": "pipeline",
     "reestimate_batch_norm": "methods.reestimate",
+    "run_recipe": "recipe",
     "run_study": "study.run",
     "save": "artifact",
     "save_weights": "models",
+    "share": "methods.share",
     "write": "pipeline",
 }
 

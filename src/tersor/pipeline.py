@@ -7,7 +7,7 @@ import dataclasses as dc
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from tersor.methods import quantize as quantization
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.methods.schedules import prune_gradually
 from tersor.models.load import load_model
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize
 from tersor.specs.prune import REMOVED
@@ -158,16 +159,31 @@ def prune_model(
     seed: int = 0,
 ) -> Compressed:
     """Prune, re-estimate batch norm from calibration inputs, and fine-tune: with the masks kept, or
-    the network that is left of structures that are removed."""
+    the network that is left of structures that are removed.
+
+    With a schedule of rounds that follows each round. Inputs that a criterion, a scope or a
+    reconstruction asks for are calibration inputs, without their labels.
+    """
+    inputs = list(calibration_batches(splits, len(splits.calibration)))
+    after = (reestimate, recovery, checkpoint, on_progress)
     if spec.structure in REMOVED:
-        decided = structured.plan(module, spec, torch.zeros(1, *splits.input_shape), seed=seed)
-        changed, masks = structured.apply(module, decided), None
-    else:
-        pruned = pruning.prune(module, spec, seed=seed)
-        decided, changed, masks = pruned.plan, pruned.module, pruned.masks
-    return _recovered(
-        module, changed, decided, splits, reestimate, recovery, masks, checkpoint, on_progress
-    )
+        example = torch.zeros(1, *splits.input_shape)
+        decided = structured.plan(module, spec, example, inputs=inputs, seed=seed)
+        return _recovered(module, structured.apply(module, decided), decided, splits, None, *after)
+    evidence = pruning.Evidence(inputs=inputs)
+    if spec.schedule == "one_shot":
+        pruned = pruning.prune(module, spec, seed=seed, evidence=evidence)
+        return _recovered(module, pruned.module, pruned.plan, splits, pruned.masks, *after)
+    states: list[Compressed] = []
+
+    def recover(changed: nn.Module, masks: Mapping[str, torch.Tensor], number: int) -> nn.Module:
+        place = None if checkpoint is None else checkpoint.with_suffix(f".{number}.checkpoint")
+        now = (reestimate, recovery, place, on_progress)
+        states.append(_recovered(module, changed, Plan(spec), splits, dict(masks), *now))
+        return states[-1].module
+
+    pruned = prune_gradually(module, spec, recover=recover, seed=seed, evidence=evidence)
+    return dc.replace(states[-1], plan=pruned.plan)
 
 
 def factorize_model(
@@ -184,17 +200,8 @@ def factorize_model(
     for a fine-tuning that uses them."""
     inputs = calibration_batches(splits, len(splits.calibration))
     found = factorization.factorize(module, spec, inputs)
-    return _recovered(
-        module,
-        found.module,
-        found.plan,
-        splits,
-        reestimate,
-        recovery,
-        None,
-        checkpoint,
-        on_progress,
-    )
+    after = (reestimate, recovery, checkpoint, on_progress)
+    return _recovered(module, found.module, found.plan, splits, None, *after)
 
 
 def _recovered(
@@ -202,9 +209,9 @@ def _recovered(
     changed: nn.Module,
     plan: Plan,
     splits: Splits,
+    masks: dict[str, torch.Tensor] | None,
     reestimate: bool,
     recovery: Finetune | None,
-    masks: dict[str, torch.Tensor] | None,
     checkpoint: pathlib.Path | None,
     on_progress: Callable[[Progress], None] | None,
 ) -> Compressed:

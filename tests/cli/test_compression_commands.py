@@ -73,3 +73,28 @@ def test_low_rank_is_told_with_its_ranks(tmp_path, float_size):
     assert ranks and all(ranks)
     assert told["parameters"] < 0.55 * told["parameters_before"]
     assert out.stat().st_size < 0.6 * float_size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--criterion", "wanda"),
+        ("--criterion", "obc", "--reconstruct", "--scope", "global"),
+        ("--structure", "n_m", "--pattern", "1:4"),
+        ("--structure", "stripe", "--scope", "auto"),
+        ("--schedule", "gradual", "--rounds", "2", "--finetune-epochs", "0.2"),
+        ("--structure", "channel", "--scope", "auto", "--macs", "0.4"),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_every_way_of_pruning_is_one_command(tmp_path, options):
+    out = tmp_path / "net.tersor"
+    sparsity = () if "--macs" in options or "n_m" in options else ("--sparsity", 0.6)
+    code, told = called(
+        "prune", "digits_net", "--data", "digits", "--out", out, *options, *sparsity, "--json"
+    )
+    assert code == 0
+    touched = [line for line in told["layers"] if line["action"] in ("prune", "remove")]
+    assert touched
+    logits = open_session(load(out), threads=1).run(np.zeros((2, 1, 8, 8), np.float32))
+    assert np.isfinite(logits).all()

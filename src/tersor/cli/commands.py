@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from tersor.cli.activity import activity
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.compression import factorize, prune
+from tersor.cli.compression import compress, factorize, prune
 from tersor.cli.distillation import distill
 from tersor.cli.measure import benchmark, evaluate, inspect
 from tersor.cli.output import Output, say, training_watch, watching
@@ -125,6 +125,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train,
     "distill": distill,
     "evaluate": evaluate,
+    "compress": compress,
     "prune": prune,
     "factorize": factorize,
     "quantize": quantize,

@@ -1,4 +1,4 @@
-"""The commands that change a network before it is exported: prune and factorize."""
+"""The commands that change a network before it is exported: prune, factorize, and any recipe."""
 
 from __future__ import annotations
 
@@ -101,6 +101,61 @@ def factorize(
 
     where = (model, data, out, weights, num_classes, save_weights)
     return _changed(where, change, recovery, seed, output)
+
+
+def compress(
+    model: Positional[Model],
+    /,
+    *,
+    data: Data,
+    recipe: str,
+    out: str,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    save_weights: str | None = None,
+    output: Output = Output(),  # noqa: B008
+) -> dict[str, Any]:
+    """Apply the steps of a recipe to a network and write it as a .tersor file.
+
+    Args:
+        recipe: a JSON file: {"steps": [{"kind": "prune", ...}, {"kind": "finetune", ...}, {"kind": "quantize", ...}]}
+        out: the file to write (.tersor); trainings resume from OUT.steps after a kill
+        save_weights: also write the network's weights before it is quantized (.safetensors)
+    """
+    import shutil
+
+    from tersor.data import load_data
+    from tersor.models import save_weights as save_state
+    from tersor.pipeline import resolve, write
+    from tersor.recipe import read_recipe, run_recipe
+    from tersor.specs import Plan
+
+    asked = read_recipe(recipe)
+    target = writable(out, ".tersor")
+    kept = None if save_weights is None else writable(save_weights, ".safetensors")
+    subject = resolve(model, weights=weights, num_classes=num_classes, seed=asked.seed)
+    module = subject.need_module("a recipe")
+    splits = load_data(data)
+    steps = target.with_suffix(".steps")
+    steps.mkdir(exist_ok=True)
+    with watching() as watch:
+        made = run_recipe(
+            module,
+            splits,
+            asked,
+            checkpoints=steps,
+            on_progress=lambda named, progress: training_watch(watch, named)(progress),
+        )
+    size = write(
+        made.graph, target, plan=made.plan, provenance={"data": splits.name, "model": model}
+    )
+    if kept is not None:
+        save_state(made.module, kept)
+    shutil.rmtree(steps)
+    plans = () if made.plan is None else (*made.plan.earlier, made.plan)
+    for plan in plans[:-1]:
+        told(output, None, 0, plan)
+    return told(output, target, size, plans[-1] if plans else Plan(asked))
 
 
 def _changed(

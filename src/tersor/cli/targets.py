@@ -12,8 +12,8 @@ from tersor.specs import Plan
 PICTURES = (".html", ".svg")
 
 
-def told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[str, Any]:
-    """Print the coverage table and the file; return both."""
+def told(output: Output, target: pathlib.Path | None, size: int, plan: Plan) -> dict[str, Any]:
+    """Print the coverage table and the file, where there is one yet; return both."""
     layers = [{k: v for k, v in d.to_dict().items() if k != "kind"} for d in plan.layers]
     shown = [layer | {"kept": _kept(layer)} for layer in layers]
     nothing = {
@@ -24,8 +24,14 @@ def told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[st
     }  # a column of these says nothing
     telling = [name for name in nothing if any(line[name] != nothing[name] for line in shown)]
     columns = ("layer", "action", *telling)
-    show_table(output, "coverage", columns, [[layer[c] for c in columns] for layer in shown])
-    say(output, f"wrote {target}, {size:,} bytes")
+    show_table(
+        output,
+        f"coverage: {plan.request.kind}",
+        columns,
+        [[layer[c] for c in columns] for layer in shown],
+    )
+    if target is not None:
+        say(output, f"wrote {target}, {size:,} bytes")
     return {"out": str(target), "size_bytes": size, "layers": layers}
 
 

@@ -19,7 +19,7 @@ from tersor.errors import BudgetError, ModelError
 from tersor.graph.layers import weight_layers
 from tersor.graph.weights import from_rows
 from tersor.methods.choose import NOTHING, Choice, rows_of, whole_pieces
-from tersor.methods.finetune import on_device, usable_precision
+from tersor.methods.device import on_device, usable_precision
 from tersor.methods.layer_statistics import FloatArray
 from tersor.methods.paired_moments import BatchStatistics, input_chunks
 from tersor.methods.reconstruct import fitted_paths

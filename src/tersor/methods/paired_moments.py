@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tersor.errors import ModelError
 from tersor.graph.layers import weight_layers
 from tersor.graph.weights import as_rows, num_groups
-from tersor.methods.finetune import usable_precision
+from tersor.methods.device import usable_precision
 from tersor.methods.layer_statistics import (
     FloatArray,
     checked_inputs,
