@@ -221,7 +221,7 @@ def test_nothing_frozen_is_chosen(net, found):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"reconstruct": True}, {"schedule": "iterative", "rounds": 2}, {"structure": "block"}],
+    "fields", [{"schedule": "iterative", "rounds": 2}, {"structure": "block"}],
     ids=lambda f: next(iter(f)),
 )  # fmt: skip
 def test_fields_that_would_be_ignored_are_refused(net, found, fields):

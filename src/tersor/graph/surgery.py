@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersor.errors import ModelError
-from tersor.graph.labels import Nodes
+from tersor.graph.labels import Nodes, named_tensors
 from tersor.specs import LayerPlan
 
 Kept = Mapping[tuple[str, int], Nodes]  # (parameter or buffer, axis) -> indices that stay, rising
@@ -60,19 +60,8 @@ def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
     Raises ModelError for a line that names what the module does not have, or an index beyond its size.
     """
     lines = [line for line in lines if line.action == "remove"]
-    addressed = [_addressed(module, line) for line in lines]
-    tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    names = {id(tensor): name for name, tensor in tensors.items()}
-    kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for places in addressed:
-        for tensor, axis, index in places:
-            name = names[id(tensor)]
-            if index[-1] >= tensor.shape[axis] or kept.get(name, {}).get(axis, index) != index:
-                raise ModelError(
-                    f"the plan keeps {len(index)} of axis {axis} of {name!r}, up to index {index[-1]}; there are "
-                    f"{tensor.shape[axis]}, or it says so twice: the plan belongs to another network"
-                )
-            kept.setdefault(name, {})[axis] = index
+    tensors = dict(named_tensors(module))
+    kept = kept_by(module, lines)
     # Wherever the copy would hold a tensor it holds its slice: shared ones stay shared, and no more is copied.
     smaller = copy.deepcopy(
         module, {id(tensors[name]): _sliced(tensors[name], axes) for name, axes in kept.items()}
@@ -82,6 +71,26 @@ def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
         if line.layer in parts:
             _fit_(parts[line.layer], line)
     return smaller
+
+
+def kept_by(module: nn.Module, lines: Sequence[LayerPlan]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """By name of a parameter or buffer: axis -> the indices that the lines with action "remove" keep of it.
+
+    Raises ModelError as `removed` does.
+    """
+    tensors = dict(named_tensors(module))
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for line in lines:
+        for tensor, axis, index in _addressed(module, line) if line.action == "remove" else ():
+            name = names[id(tensor)]
+            if index[-1] >= tensor.shape[axis] or kept.get(name, {}).get(axis, index) != index:
+                raise ModelError(
+                    f"the plan keeps {len(index)} of axis {axis} of {name!r}, up to index {index[-1]}; there are "
+                    f"{tensor.shape[axis]}, or it says so twice: the plan belongs to another network"
+                )
+            kept.setdefault(name, {})[axis] = index
+    return kept
 
 
 def _addressed(module: nn.Module, line: LayerPlan) -> list[tuple[Tensor, int, tuple[int, ...]]]:

@@ -19,7 +19,8 @@ from tersor.graph.layers import weight_layers
 from tersor.graph.select import excluded_layers
 from tersor.graph.surgery import lines_of, removed
 from tersor.methods.prune_auto import KL_BOUND, Units, allocated, group_harms, within_bound
-from tersor.methods.prune_trials import FloatArray, Trials, calibration_images
+from tersor.methods.prune_trials import FloatArray, Trials, calibration_images, image_shape
+from tersor.methods.reconstruct import reconstructed
 from tersor.methods.unit_statistics import (
     UnitStatistics,
     first_labels,
@@ -31,7 +32,8 @@ from tersor.specs.prune import REMOVED
 from tersor.tensors.unit_criteria import UNIT_CRITERIA, UnitValues
 
 FloatArray64 = npt.NDArray[np.float64]
-NUM_IMAGES = 256  # of the calibration inputs
+NUM_IMAGES = 256  # of the calibration inputs, to decide
+NUM_RECONSTRUCTED = 1024  # to fit weights
 
 
 def plan(
@@ -84,7 +86,7 @@ def chosen_units(
     needs, images = UNIT_CRITERIA[spec.criterion].needs, None
     if needs or spec.scope == "auto":
         reader = "prune.scope='auto'" if spec.scope == "auto" else f"criterion {spec.criterion!r}"
-        images = calibration_images(inputs, example, NUM_IMAGES, reader)
+        images = calibration_images(inputs, image_shape(example, reader), NUM_IMAGES, reader)
     statistics = None
     if needs and images is not None:
         given = first_labels(labels, len(images))
@@ -96,12 +98,28 @@ def chosen_units(
     return _within_macs(found, spec.macs, ranked) if spec.macs > 0 else ranked.at(spec.sparsity)
 
 
-def apply(module: nn.Module, decided: Plan) -> nn.Module:
+def apply(
+    module: nn.Module,
+    decided: Plan,
+    *,
+    inputs: Iterable[FloatArray] | None = None,
+    seed: int = 0,
+) -> nn.Module:
     """A smaller copy of `module` as the plan says, which was made for this network or another instance of its class.
 
-    Nothing is traced. Raises ModelError where the plan does not fit.
+    Nothing is traced. Where the request says `reconstruct`, what is left is fitted to the layers' former outputs on the
+    first NUM_RECONSTRUCTED images of `inputs`, batches (N, C, H, W) float32 (see methods.reconstruct); for an instance
+    of the smaller shape that stored weights are put into, take `graph.surgery.removed(module, decided.layers)`.
+    Raises ModelError where the plan does not fit, SpecError where inputs are wanted and missing, DataError for inputs
+    that cannot be used.
     """
-    return removed(module, decided.layers)
+    smaller = removed(module, decided.layers)
+    request = decided.request
+    assert isinstance(request, Prune)
+    if not request.reconstruct:
+        return smaller
+    images = calibration_images(inputs, (0, 0, 0), NUM_RECONSTRUCTED, "prune.reconstruct")
+    return reconstructed(module, smaller, decided.layers, images, seed=seed)[0]
 
 
 def _refuse_unused(spec: Prune) -> None:
@@ -112,7 +130,6 @@ def _refuse_unused(spec: Prune) -> None:
         )
     unused = {
         "structure": spec.structure == "block",
-        "reconstruct": spec.reconstruct,
         "schedule": spec.schedule != "one_shot",
     }
     for name, given in unused.items():
