@@ -55,22 +55,35 @@ def lines_of(module: nn.Module, kept: Kept) -> tuple[LayerPlan, ...]:
 def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
     """A copy of `module` without the slices that the lines with action "remove" leave out.
 
-    The copy is of the same class, in the same mode, with an ordinary state_dict; the attributes of torch's layers
-    (out_channels, num_features, ...) tell its new sizes. Shared parameters stay shared.
-    Raises ModelError for a line that names what the module does not have, or an index beyond its size.
+    Modules of lines with action "bypass" become identities. The copy is of the same class, in the same mode, with an
+    ordinary state_dict; the attributes of torch's layers (out_channels, num_features, ...) tell its new sizes. Shared
+    parameters stay shared. Raises ModelError for a line that names what the module does not have, or an index beyond
+    its size.
     """
+    skipped = [_named_module(module, line) for line in lines if line.action == "bypass"]
     lines = [line for line in lines if line.action == "remove"]
     tensors = dict(named_tensors(module))
     kept = kept_by(module, lines)
     # Wherever the copy would hold a tensor it holds its slice: shared ones stay shared, and no more is copied.
-    smaller = copy.deepcopy(
-        module, {id(tensors[name]): _sliced(tensors[name], axes) for name, axes in kept.items()}
+    instead = {id(tensors[name]): _sliced(tensors[name], axes) for name, axes in kept.items()}
+    smaller: nn.Module = copy.deepcopy(
+        module, {**instead, **{id(part): nn.Identity() for part in skipped}}
     )
     parts = dict(smaller.named_modules(remove_duplicate=False))
     for line in lines:
         if line.layer in parts:
             _fit_(parts[line.layer], line)
     return smaller
+
+
+def _named_module(module: nn.Module, line: LayerPlan) -> nn.Module:
+    found: nn.Module | None = dict(module.named_modules(remove_duplicate=False)).get(line.layer)
+    if found is None or found is module:
+        raise ModelError(
+            f"the plan passes over {line.layer!r}, which {type(module).__name__} does not have; the plan belongs to "
+            "another network"
+        )
+    return found
 
 
 def kept_by(module: nn.Module, lines: Sequence[LayerPlan]) -> dict[str, dict[int, tuple[int, ...]]]:

@@ -19,6 +19,7 @@ from tersor.graph.layers import weight_layers
 from tersor.graph.select import excluded_layers
 from tersor.graph.surgery import lines_of, removed
 from tersor.methods.prune_auto import KL_BOUND, Units, allocated, group_harms, within_bound
+from tersor.methods.prune_blocks import plan_blocks
 from tersor.methods.prune_trials import FloatArray, Trials, calibration_images, image_shape
 from tersor.methods.reconstruct import reconstructed
 from tersor.methods.unit_statistics import (
@@ -60,10 +61,18 @@ def plan(
     total: the fewest multiplications at which the KL of the whole, measured, is at most KL_BOUND nats. The equal shares
     of scope "layer" are measured too and taken where their KL is lower.
 
+    Structure "block" makes identities of residual blocks: see methods.prune_blocks.
+
     Raises ModelError for a network that cannot run or that holds nothing to remove, SpecError for a pattern that
     matches no layer, a field that has no meaning here or inputs that are missing, DataError for inputs that cannot be
     used, BudgetError where spec.macs is below what the floors allow.
     """
+    if spec.structure == "block":
+        _refuse_unused(spec)
+        _require_finite(module)
+        shape = image_shape(example, "prune.structure='block'")
+        images = calibration_images(inputs, shape, NUM_IMAGES, "prune.structure='block'")
+        return plan_blocks(module, spec, example, images)
     found = found if found is not None else coupled_groups(module, example)
     units = chosen_units(module, spec, example, found, inputs=inputs, labels=labels, seed=seed)
     return _written(module, spec, found, units)
@@ -128,15 +137,11 @@ def _refuse_unused(spec: Prune) -> None:
         raise SpecError(
             f"structure {spec.structure!r} leaves zeros; expected one that is removed: {', '.join(REMOVED)}"
         )
-    unused = {
-        "structure": spec.structure == "block",
-        "schedule": spec.schedule != "one_shot",
-    }
-    for name, given in unused.items():
-        if given:
-            raise SpecError(
-                f"prune.{name}={getattr(spec, name)!r} is not known to structured pruning yet; leave it out"
-            )
+    if spec.schedule != "one_shot":
+        raise SpecError(
+            f"prune.schedule={spec.schedule!r} is not known to structured pruning: one plan is one shot; make plan "
+            "after plan of the smaller networks, with recovery between them"
+        )
 
 
 def _require_finite(module: nn.Module) -> None:
