@@ -215,7 +215,7 @@ def test_pruned_saved_loaded_and_run_by_the_engine(build, shape, tmp_path):
 
 
 def test_packed_attention_stays_and_costs_few_trials(monkeypatch):
-    """torch's attention wants 3 * embed_dim rows of its packed weight: heads cannot go. One trial shows that for all."""
+    """Torch wants 3 * embed_dim rows of the packed weight, so heads cannot go: one trial shows that for all layers."""
     trials = []
     problem = coupling._Proof.problem
 
