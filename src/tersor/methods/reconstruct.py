@@ -134,7 +134,7 @@ def _sums_(
 
     def before(product: Product, value: Tensor) -> Tensor:
         nonlocal read
-        read = value.clone() if product.name == layer.product.name else None
+        read = value if product.name == layer.product.name else None
         return value
 
     def after(product: Product, out: Tensor) -> None:

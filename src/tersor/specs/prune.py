@@ -23,7 +23,8 @@ class Prune(Spec, kind="prune"):
                  removed: channel (filters, neurons and all that is coupled to them), filter (channels
                  of convolutions only), neuron (of linear layers only), block (residual branches).
     scope        "layer" removes that share of every layer, "global" ranks all layers together, "auto"
-                 chooses the share of each layer from its measured sensitivity.
+                 chooses the share of each layer from its measured sensitivity, and with sparsity 0 and
+                 macs 0 the total too.
     macs         above 0, for structures that are removed: the share of the multiplications that may
                  stay, in place of `sparsity`.
     pattern      of n_m: "N:M" keeps N of every M weights along the inputs.
