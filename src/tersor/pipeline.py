@@ -169,7 +169,14 @@ def prune_model(
     if spec.structure in REMOVED:
         example = torch.zeros(1, *splits.input_shape)
         decided = structured.plan(module, spec, example, inputs=inputs, seed=seed)
-        return _recovered(module, structured.apply(module, decided), decided, splits, None, *after)
+        return _recovered(
+            module,
+            structured.apply(module, decided, inputs=inputs, seed=seed),
+            decided,
+            splits,
+            None,
+            *after,
+        )
     evidence = pruning.Evidence(inputs=inputs)
     if spec.schedule == "one_shot":
         pruned = pruning.prune(module, spec, seed=seed, evidence=evidence)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torchvision.models import VisionTransformer
 
 from tersor.engines import open_session
+from tersor.graph import coupling
 from tersor.graph.coupling import coupled_groups, half_of, masked, random_twin
 from tersor.graph.export import export_onnx
 from tersor.graph.surgery import lines_of, removed
@@ -210,3 +212,21 @@ def test_pruned_saved_loaded_and_run_by_the_engine(build, shape, tmp_path):
         got = open_session(graph, threads=1).run(inputs.numpy())
         scale = float(expected.abs().max())
         assert np.abs(got - expected.numpy()).max() <= 1e-5 * scale
+
+
+def test_packed_attention_stays_and_costs_few_trials(monkeypatch):
+    """Torch wants 3 * embed_dim rows of the packed weight, so heads cannot go: one trial shows that for all layers."""
+    trials = []
+    problem = coupling._Proof.problem
+
+    def counted(proof, groups):
+        trials.append(len(groups))
+        return problem(proof, groups)
+
+    monkeypatch.setattr(coupling._Proof, "problem", counted)
+    module = VisionTransformer(32, 16, num_layers=6, num_heads=4, hidden_dim=32, mlp_dim=64)
+    found = coupled_groups(module, torch.randn(1, 3, 32, 32))
+    assert [g.name for g in found.groups] == [f"encoder.layers.encoder_layer_{n}.mlp.0" for n in range(6)]  # fmt: skip
+    (reason,) = {f.reason for f in found.frozen if f.name.endswith("in_proj_weight")}
+    assert reason.startswith("without it the network does not run: RuntimeError: unflatten")
+    assert len(trials) <= 5

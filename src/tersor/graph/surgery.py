@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersor.errors import ModelError
-from tersor.graph.labels import Nodes
+from tersor.graph.labels import Nodes, named_tensors
 from tersor.specs import LayerPlan
 
 Kept = Mapping[tuple[str, int], Nodes]  # (parameter or buffer, axis) -> indices that stay, rising
@@ -55,17 +55,47 @@ def lines_of(module: nn.Module, kept: Kept) -> tuple[LayerPlan, ...]:
 def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
     """A copy of `module` without the slices that the lines with action "remove" leave out.
 
-    The copy is of the same class, in the same mode, with an ordinary state_dict; the attributes of torch's layers
-    (out_channels, num_features, ...) tell its new sizes. Shared parameters stay shared.
-    Raises ModelError for a line that names what the module does not have, or an index beyond its size.
+    Modules of lines with action "bypass" become identities. The copy is of the same class, in the same mode, with an
+    ordinary state_dict; the attributes of torch's layers (out_channels, num_features, ...) tell its new sizes. Shared
+    parameters stay shared. Raises ModelError for a line that names what the module does not have, or an index beyond
+    its size.
     """
+    skipped = [_named_module(module, line) for line in lines if line.action == "bypass"]
     lines = [line for line in lines if line.action == "remove"]
-    addressed = [_addressed(module, line) for line in lines]
-    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    tensors = dict(named_tensors(module))
+    kept = kept_by(module, lines)
+    # Wherever the copy would hold a tensor it holds its slice: shared ones stay shared, and no more is copied.
+    instead = {id(tensors[name]): _sliced(tensors[name], axes) for name, axes in kept.items()}
+    smaller: nn.Module = copy.deepcopy(
+        module, {**instead, **{id(part): nn.Identity() for part in skipped}}
+    )
+    parts = dict(smaller.named_modules(remove_duplicate=False))
+    for line in lines:
+        if line.layer in parts:
+            _fit_(parts[line.layer], line)
+    return smaller
+
+
+def _named_module(module: nn.Module, line: LayerPlan) -> nn.Module:
+    found: nn.Module | None = dict(module.named_modules(remove_duplicate=False)).get(line.layer)
+    if found is None or found is module:
+        raise ModelError(
+            f"the plan passes over {line.layer!r}, which {type(module).__name__} does not have; the plan belongs to "
+            "another network"
+        )
+    return found
+
+
+def kept_by(module: nn.Module, lines: Sequence[LayerPlan]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """By name of a parameter or buffer: axis -> the indices that the lines with action "remove" keep of it.
+
+    Raises ModelError as `removed` does.
+    """
+    tensors = dict(named_tensors(module))
     names = {id(tensor): name for name, tensor in tensors.items()}
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for places in addressed:
-        for tensor, axis, index in places:
+    for line in lines:
+        for tensor, axis, index in _addressed(module, line) if line.action == "remove" else ():
             name = names[id(tensor)]
             if index[-1] >= tensor.shape[axis] or kept.get(name, {}).get(axis, index) != index:
                 raise ModelError(
@@ -73,15 +103,7 @@ def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
                     f"{tensor.shape[axis]}, or it says so twice: the plan belongs to another network"
                 )
             kept.setdefault(name, {})[axis] = index
-    # Wherever the copy would hold a tensor it holds its slice: shared ones stay shared, and no more is copied.
-    smaller = copy.deepcopy(
-        module, {id(tensors[name]): _sliced(tensors[name], axes) for name, axes in kept.items()}
-    )
-    parts = dict(smaller.named_modules(remove_duplicate=False))
-    for line in lines:
-        if line.layer in parts:
-            _fit_(parts[line.layer], line)
-    return smaller
+    return kept
 
 
 def _addressed(module: nn.Module, line: LayerPlan) -> list[tuple[Tensor, int, tuple[int, ...]]]:

@@ -19,7 +19,9 @@ from tersor.graph.layers import weight_layers
 from tersor.graph.select import excluded_layers
 from tersor.graph.surgery import lines_of, removed
 from tersor.methods.prune_auto import KL_BOUND, Units, allocated, group_harms, within_bound
-from tersor.methods.prune_trials import FloatArray, Trials, calibration_images
+from tersor.methods.prune_blocks import plan_blocks
+from tersor.methods.prune_trials import FloatArray, Trials, calibration_images, image_shape
+from tersor.methods.refit import reconstructed
 from tersor.methods.unit_statistics import (
     UnitStatistics,
     first_labels,
@@ -31,7 +33,8 @@ from tersor.specs.prune import REMOVED
 from tersor.tensors.unit_criteria import UNIT_CRITERIA, UnitValues
 
 FloatArray64 = npt.NDArray[np.float64]
-NUM_IMAGES = 256  # of the calibration inputs
+NUM_IMAGES = 256  # of the calibration inputs, to decide
+NUM_RECONSTRUCTED = 1024  # to fit weights
 
 
 def plan(
@@ -55,13 +58,22 @@ def plan(
     Scope "auto" measures what the loss of units of one group does to the outputs (KL, batch norms on the trial's own
     statistics), and allocates: at spec.macs above 0 the least sum of these harms within that share of the
     multiplications, else at spec.sparsity above 0 within that share of units. Where both are 0 it also chooses the
-    total: the fewest multiplications at which the KL of the whole, measured, is at most KL_BOUND nats. The equal shares
+    total: the fewest multiplications at which the KL of the whole, measured, is at most KL_BOUND nats, or
+    spec.distance where that is given. The equal shares
     of scope "layer" are measured too and taken where their KL is lower.
+
+    Structure "block" makes identities of residual blocks: see methods.prune_blocks.
 
     Raises ModelError for a network that cannot run or that holds nothing to remove, SpecError for a pattern that
     matches no layer, a field that has no meaning here or inputs that are missing, DataError for inputs that cannot be
     used, BudgetError where spec.macs is below what the floors allow.
     """
+    if spec.structure == "block":
+        _refuse_unused(spec)
+        _require_finite(module)
+        shape = image_shape(example, "prune.structure='block'")
+        images = calibration_images(inputs, shape, NUM_IMAGES, "prune.structure='block'")
+        return plan_blocks(module, spec, example, images)
     found = found if found is not None else coupled_groups(module, example)
     units = chosen_units(module, spec, example, found, inputs=inputs, labels=labels, seed=seed)
     return _written(module, spec, found, units)
@@ -84,7 +96,7 @@ def chosen_units(
     needs, images = UNIT_CRITERIA[spec.criterion].needs, None
     if needs or spec.scope == "auto":
         reader = "prune.scope='auto'" if spec.scope == "auto" else f"criterion {spec.criterion!r}"
-        images = calibration_images(inputs, example, NUM_IMAGES, reader)
+        images = calibration_images(inputs, image_shape(example, reader), NUM_IMAGES, reader)
     statistics = None
     if needs and images is not None:
         given = first_labels(labels, len(images))
@@ -96,12 +108,28 @@ def chosen_units(
     return _within_macs(found, spec.macs, ranked) if spec.macs > 0 else ranked.at(spec.sparsity)
 
 
-def apply(module: nn.Module, decided: Plan) -> nn.Module:
+def apply(
+    module: nn.Module,
+    decided: Plan,
+    *,
+    inputs: Iterable[FloatArray] | None = None,
+    seed: int = 0,
+) -> nn.Module:
     """A smaller copy of `module` as the plan says, which was made for this network or another instance of its class.
 
-    Nothing is traced. Raises ModelError where the plan does not fit.
+    Nothing is traced. Where the request says `reconstruct`, what is left is fitted to the layers' former outputs on the
+    first NUM_RECONSTRUCTED images of `inputs`, batches (N, C, H, W) float32 (see methods.refit); for an instance
+    of the smaller shape that stored weights are put into, take `graph.surgery.removed(module, decided.layers)`.
+    Raises ModelError where the plan does not fit, SpecError where inputs are wanted and missing, DataError for inputs
+    that cannot be used.
     """
-    return removed(module, decided.layers)
+    smaller = removed(module, decided.layers)
+    request = decided.request
+    assert isinstance(request, Prune)
+    if not request.reconstruct:
+        return smaller
+    images = calibration_images(inputs, (0, 0, 0), NUM_RECONSTRUCTED, "prune.reconstruct")
+    return reconstructed(module, smaller, decided.layers, images, seed=seed)[0]
 
 
 def _refuse_unused(spec: Prune) -> None:
@@ -110,16 +138,15 @@ def _refuse_unused(spec: Prune) -> None:
         raise SpecError(
             f"structure {spec.structure!r} leaves zeros; expected one that is removed: {', '.join(REMOVED)}"
         )
-    unused = {
-        "structure": spec.structure == "block",
-        "reconstruct": spec.reconstruct,
-        "schedule": spec.schedule != "one_shot",
-    }
-    for name, given in unused.items():
-        if given:
-            raise SpecError(
-                f"prune.{name}={getattr(spec, name)!r} is not known to structured pruning yet; leave it out"
-            )
+    if spec.distance and spec.macs:
+        raise SpecError(
+            f"prune.distance={spec.distance:g} and prune.macs={spec.macs:g} each choose the total; give one"
+        )
+    if spec.schedule != "one_shot":
+        raise SpecError(
+            f"prune.schedule={spec.schedule!r} is not known to structured pruning: one plan is one shot; make plan "
+            "after plan of the smaller networks, with recovery between them"
+        )
 
 
 def _require_finite(module: nn.Module) -> None:
@@ -282,7 +309,7 @@ def _automatic(
 
     if spec.macs > 0:
         return by_macs(spec.macs)
-    if spec.sparsity > 0:
+    if spec.sparsity > 0 and not spec.distance:
         equal = ranked.at(spec.sparsity)
 
         def left(units: Mapping[str, Nodes]) -> int:
@@ -291,7 +318,7 @@ def _automatic(
         chosen = allocated(ranked.groups, harms, ranked.lowest, left, left(equal), equal)
         return min(chosen, equal, key=measured)
     least = found.macs(ranked.at(1.0)) / found.macs()
-    return within_bound(by_macs, measured, KL_BOUND, least)
+    return within_bound(by_macs, measured, spec.distance or KL_BOUND, least)
 
 
 def _written(module: nn.Module, spec: Prune, found: Coupling, units: Units) -> Plan:

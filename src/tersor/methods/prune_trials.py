@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,23 +20,28 @@ FloatArray = npt.NDArray[np.float32]
 TRIAL_BATCH = 128  # images; batch norms of a trial take their statistics from so many
 
 
+def image_shape(example: object, wanted_for: str) -> tuple[int, ...]:
+    """(C, H, W) of the example input. Raises SpecError where the network does not read images, one at a time."""
+    inputs = example if isinstance(example, tuple) else (example,)
+    first = inputs[0]
+    if len(inputs) > 1 or not isinstance(first, Tensor) or first.ndim != 4:
+        raise SpecError(f"{wanted_for} needs a network of one input, images (N, C, H, W)")
+    return tuple(first.shape[1:])
+
+
 def calibration_images(
-    inputs: Iterable[FloatArray] | None, example: object, num_images: int, wanted_for: str
+    inputs: Iterable[FloatArray] | None, shape: Sequence[int], num_images: int, wanted_for: str
 ) -> FloatArray:
     """The first `num_images` images (N, C, H, W) float32 of `inputs`, an iterable of batches.
 
     Raises SpecError where there are no `inputs`, naming what they are `wanted_for`; DataError for no images, another
-    shape than the example's, NaN or infinity.
+    shape than (C, H, W) `shape` (0 stands for any size), NaN or infinity.
     """
     if inputs is None:
         raise SpecError(
             f"{wanted_for} needs calibration inputs: give inputs=, batches (N, C, H, W)"
         )
-    first = example[0] if isinstance(example, tuple) else example
-    assert isinstance(first, Tensor)
-    if first.ndim != 4 or (isinstance(example, tuple) and len(example) > 1):
-        raise SpecError(f"{wanted_for} needs a network of one input, images (N, C, H, W)")
-    batches = [batch for _, batch in checked_batches(inputs, first.shape[1:], num_images)]
+    batches = [batch for _, batch in checked_batches(inputs, shape, num_images)]
     if not batches:
         raise DataError(f"{wanted_for} needs calibration inputs, and got none")
     return np.concatenate(batches)

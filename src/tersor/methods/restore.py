@@ -22,6 +22,7 @@ from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.graph.layers import WEIGHT_LAYERS
 from tersor.graph.surgery import removed
 from tersor.methods.factorize import restructured
+from tersor.methods.share import restructured as shared
 from tersor.specs import Plan, from_dict
 
 FloatArray = npt.NDArray[np.float32]
@@ -77,11 +78,10 @@ def plans_of(artifact: Artifact) -> list[Plan]:
 
 
 def _restructured(module: nn.Module, plan: Plan) -> nn.Module:
-    if plan.request.kind == "factorize":
-        return restructured(module, plan)
-    return (
-        removed(module, plan.layers) if any(p.action == "remove" for p in plan.layers) else module
-    )
+    if plan.request.kind in ("factorize", "share"):
+        return (restructured if plan.request.kind == "factorize" else shared)(module, plan)
+    changes = any(line.action in ("remove", "bypass") for line in plan.layers)
+    return removed(module, plan.layers) if changes else module
 
 
 def _differs(module: nn.Module, values: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,59 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from tersor.errors import DataError, ModelError
 from tersor.graph.groups import Group
-from tersor.graph.labels import named_tensors
+from tersor.graph.watch import Product, Products
 
 BATCH = 64  # images at a time
-_CONVOLUTIONS = {getattr(torch, f"conv{n}d") for n in (1, 2, 3)}
-_TRANSPOSED = {getattr(torch, f"conv_transpose{n}d") for n in (1, 2, 3)}
-
-
-@dc.dataclass(frozen=True)
-class Product:
-    """One run of a layer: the name of its weight, the axis of channels in its input and output, and how many channels
-    its weight reads and makes (of a grouped convolution those of one group)."""
-
-    name: str
-    axis: int
-    reads: int
-    makes: int
-
-
-class Products(TorchFunctionMode):
-    """Sees every convolution and linear layer that runs, whoever calls it: it computes with what `before(product,
-    input)` gives, and `after(product, output)` is called."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        before: Callable[[Product, Tensor], Tensor],
-        after: Callable[[Product, Tensor], None],
-    ) -> None:
-        super().__init__()
-        self.names = {id(tensor): name for name, tensor in named_tensors(module)}
-        self.before, self.after = before, after
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not functional.linear and func not in _CONVOLUTIONS | _TRANSPOSED:
-            return func(*args, **kwargs)
-        value = args[0] if args else kwargs.pop("input")
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        name = self.names.get(id(weight))
-        if name is None:
-            return func(value, *args[1:], **kwargs)
-        makes, reads = weight.shape[:2][::-1] if func in _TRANSPOSED else weight.shape[:2]
-        axis = value.ndim - (1 if func is functional.linear else weight.ndim - 1)
-        product = Product(name, axis, reads, makes)
-        out = func(self.before(product, value), *args[1:], **kwargs)
-        self.after(product, out)
-        return out
 
 
 def _folded(values: Tensor, size: int) -> Tensor:

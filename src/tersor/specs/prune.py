@@ -24,7 +24,8 @@ class Prune(Spec, kind="prune"):
                  removed: channel (filters, neurons and all that is coupled to them), filter (channels
                  of convolutions only), neuron (of linear layers only), block (residual branches).
     scope        "layer" removes that share of every layer, "global" ranks all layers together, "auto"
-                 chooses the share of each layer from its measured sensitivity.
+                 chooses the share of each layer from its measured sensitivity; for structures that
+                 are removed, with sparsity 0 and macs 0, the total too.
     distance     above 0, for scope "auto": the most that the network's outputs may move away from the
                  original's (KL divergence in nats, the mean over unlabelled inputs); the total sparsity
                  is the largest found within it, in place of `sparsity`.
