@@ -131,9 +131,8 @@ def layer_adaptive(saliency: torch.Tensor) -> torch.Tensor:
     order = torch.argsort(values, stable=True)
     ascending = values[order]
     at_least = ascending.flip(0).cumsum(0).flip(0)
-    score = torch.where(at_least > 0, ascending / at_least.clamp(min=1e-300), 0.0)
     adapted = torch.empty_like(values)
-    adapted[order] = score
+    adapted[order] = ascending / at_least.clamp(min=1e-300)  # 0 / 0 is 0, NaN stays
     return adapted.view(saliency.shape)
 
 

@@ -63,7 +63,7 @@ STRUCTURES.register("unstructured")(
 STRUCTURES.register("stripe")(
     Structure(
         "stripe",
-        lambda s: s.sum(1),
+        lambda s: s.sum(1, dtype=torch.float64),
         lambda values, shape: values.unsqueeze(1).expand(shape),
         _stripe_problem,
     )
