@@ -8,7 +8,7 @@ import pytest
 
 from tersor.artifact import load
 from tersor.cli import main
-from tersor.methods import finetune as training
+from tersor.methods import training
 from tersor.models import load_weights_
 from tersor.models.narrow import narrowed
 
@@ -75,20 +75,20 @@ def test_a_killed_training_goes_on_where_it_was(teacher, capsys, tmp_path, monke
     whole, parts = tmp_path / "whole.tersor", tmp_path / "parts.tersor"
     options = (*RECIPE, "--precision", "float32", "--json")
     _, expected, _ = run(capsys, *teacher, "--out", whole, *options)
-    step, seen = training._Loop._step, []
+    step, seen = training.Loop.step, []
 
-    def interrupted(self, number, forward):
+    def interrupted(self, number):
         seen.append(number)
         if number == 20:
             self.save(parts.with_suffix(".checkpoint"))
             raise KeyboardInterrupt
-        return step(self, number, forward)
+        return step(self, number)
 
-    monkeypatch.setattr(training._Loop, "_step", interrupted)
+    monkeypatch.setattr(training.Loop, "step", interrupted)
     assert main(["distill", *teacher, "--out", str(parts), *options]) == 130
     assert not parts.exists() and parts.with_suffix(".checkpoint").exists()
     capsys.readouterr()
-    monkeypatch.setattr(training._Loop, "_step", lambda *a: seen.append(a[1]) or step(*a))
+    monkeypatch.setattr(training.Loop, "step", lambda *a: seen.append(a[1]) or step(*a))
     seen.clear()
     code, told, _ = run(capsys, *teacher, "--out", parts, *options)
     assert code == 0 and seen[0] == 20
