@@ -53,7 +53,12 @@ def num_removed(spec):
 
 @EVERY
 def test_saliencies_are_finite_seeded_not_negative_and_leave_their_input(name):
-    for values in (weight_of(), torch.zeros(SHAPE), weight_of() * 1e15, weight_of() * (LARGEST / 9)):
+    for values in (
+        weight_of(),
+        torch.zeros(SHAPE),
+        weight_of() * 1e15,
+        weight_of() * (LARGEST / 9),
+    ):
         before = values.clone()
         saliency = CRITERIA[name](values, 3, statistics_of())
         assert saliency.shape == values.shape

@@ -28,9 +28,7 @@ LAYERS = {
         6, 4, 3, stride=2, padding=1, output_padding=1, groups=2
     ),
     "transposed, cropped": lambda: nn.ConvTranspose2d(6, 4, (2, 3), padding=2, bias=False),
-    "transposed 1d, dilated": lambda: nn.ConvTranspose1d(
-        6, 4, 4, stride=3, dilation=2, padding=3
-    ),
+    "transposed 1d, dilated": lambda: nn.ConvTranspose1d(6, 4, 4, stride=3, dilation=2, padding=3),
     "transposed 3d, grouped": lambda: nn.ConvTranspose3d(6, 4, 3, stride=2, groups=2),
 }
 EVERY = pytest.mark.parametrize("name", list(LAYERS))

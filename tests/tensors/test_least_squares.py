@@ -121,9 +121,7 @@ def test_a_gradual_choice_keeps_its_counts_and_beats_one_at_once():
         chosen[order[:kept]] = True
         return chosen.view(values.shape)
 
-    found, mask = fit_gradually(
-        rows, moments, choose, mask=torch.ones_like(rows, dtype=torch.bool)
-    )
+    found, mask = fit_gradually(rows, moments, choose, mask=torch.ones_like(rows, dtype=torch.bool))
     assert int(mask.sum()) == 240 and not found[~mask].any()
     assert [share for share, _ in seen] == sorted(share for share, _ in seen)
     assert seen[-1][0] == 1
