@@ -32,6 +32,7 @@ SHARES = (0.5, 0.7, 0.85, 0.93, 0.97, 0.99)  # of a layer, at which its harm is 
 IMAGES = 128  # run once for every layer and share
 FINER = 5  # options between two measured ones
 TRIALS = 6  # of the whole network, for a distance
+CLOSE = 0.85  # of the distance asked for: near enough
 SMALLEST_HARM = 1e-7
 RISE = 3.0  # the harm of a layer grows like this power of its share, below the first measured one
 
@@ -152,30 +153,53 @@ def removed_by_sensitivity(
     """How many weights each layer loses: `allocated` for spec.sparsity or, with spec.distance, for the
     largest total found whose `distance_at`, measured on the whole network, is at most that.
 
-    Harms of layers only add up roughly: the ratio of the measured distance to their sum corrects the next
-    of TRIALS totals. Raises BudgetError where no total tried stays within the distance.
+    Harms of layers add up only roughly: their sum proposes a total, measured distances correct it.
+    Raises BudgetError where no total tried stays within the distance.
     """
     if not spec.distance:
         return allocated(harms, spec, spec.sparsity)
-    ratio, best, low, high, measured = 1.0, None, 0.0, 1.0, math.inf
+    tried: list[tuple[float, float]] = []  # (total sparsity, measured distance)
+    best: dict[str, int] | None = None
+    foreseen = 1.0
     for _ in range(TRIALS):
-        total = _total_of(harms, spec, spec.distance / ratio, low, high)
+        total = _next_total(harms, spec, tried, foreseen)
         removed = allocated(harms, spec, total)
-        measured = distance_at(removed)
         foreseen = _sum_at(harms, removed)
-        if measured <= spec.distance:
-            best, low = removed, total
-        else:
-            high = total
-        if spec.distance / 1.1 <= measured <= spec.distance or high - low < 1e-3:
+        measured = distance_at(removed)
+        if measured <= spec.distance and total >= max(
+            (t for t, d in tried if d <= spec.distance), default=0.0
+        ):
+            best = removed
+        tried.append((total, measured))
+        if CLOSE * spec.distance <= measured <= spec.distance:
             break
-        ratio = max(measured / max(foreseen, 1e-9), 1e-3)
     if best is None:
         raise BudgetError(
             f"no sparsity that was tried keeps the outputs within a distance of {spec.distance:g}; the "
-            f"last, {total:.4f}, gave {measured:.4g}: raise prune.distance"
+            f"last, {tried[-1][0]:.4f}, gave {tried[-1][1]:.4g}: raise prune.distance"
         )
     return best
+
+
+def _next_total(
+    harms: Sequence[PruningHarm],
+    spec: Prune,
+    tried: Sequence[tuple[float, float]],
+    foreseen: float,
+) -> float:
+    """The next total sparsity to try: where the logarithm of the distance, between the nearest two tried,
+    meets what was asked; before there are two, where the sum of harms, scaled by what was measured last,
+    does."""
+    within = max(((t, d) for t, d in tried if d <= spec.distance), default=None)
+    beyond = min(((t, d) for t, d in tried if d > spec.distance), default=None)
+    aim = (1 + CLOSE) / 2 * spec.distance
+    if within and beyond and within[1] > 0:
+        rise = math.log(beyond[1]) - math.log(within[1])
+        share = (math.log(aim) - math.log(within[1])) / rise
+        return within[0] + min(max(share, 0.1), 0.9) * (beyond[0] - within[0])
+    low, high = within[0] if within else 0.0, beyond[0] if beyond else 1.0
+    scale = tried[-1][1] / max(foreseen, 1e-9) if tried else 1.0
+    return _total_of(harms, spec, aim / max(scale, 1e-9), low, high)
 
 
 def _counts(spec: Prune, mask: torch.Tensor, shares: Sequence[float]) -> list[int]:
@@ -227,13 +251,19 @@ def _by_layer(harms: Sequence[PruningHarm]) -> dict[str, list[PruningHarm]]:
     return found
 
 
+def _most(harms: Sequence[PruningHarm]) -> float:
+    """The largest total sparsity that the floors allow."""
+    rows = _by_layer(harms).values()
+    return sum(r[-1].num_removed for r in rows) / sum(r[0].num_weights for r in rows)
+
+
 def _total_of(
     harms: Sequence[PruningHarm], spec: Prune, harm: float, low: float, high: float
 ) -> float:
     """The total sparsity between `low` and `high` whose allocation has the sum of harms `harm`."""
     rows = _by_layer(harms).values()
     size = sum(held[0].num_weights for held in rows)
-    high = min(high, sum(held[-1].num_removed for held in rows) / size)
+    high = min(high, _most(harms))
     low = max(low, sum(held[0].num_removed for held in rows) / size)
     for _ in range(12):
         middle = (low + high) / 2

@@ -113,10 +113,11 @@ def plan(
         removed = _ranked(spec, rows, before, statistics, seed)
     else:
         removed = {name: _share(spec, weight.shape) for name, weight in rows.items()}
+    gone = {name: mask.numel() - int(mask.sum()) for name, mask in before.items()}
     decisions = tuple(
         LayerPlan(name, "keep", reason=kept[name])
         if name in kept
-        else LayerPlan(name, "prune", sparsity=removed[name] / rows[name].numel())
+        else LayerPlan(name, "prune", sparsity=max(removed[name], gone[name]) / rows[name].numel())
         for name in layers
     )
     return Plan(spec, decisions)
