@@ -19,8 +19,9 @@ class Recipe(Spec, kind="recipe"):
 class LayerPlan(Spec, kind="layer_plan"):
     """What happens to one layer.
 
-    action    keep, prune (weights become zero), remove (whole slices go), factorize, int8 (integer
-              kernels), dynamic or weight_only; `reason` says why a layer is kept.
+    action    keep, prune (weights become zero), remove (whole slices go), factorize, share (filters
+              follow from others), int8 (integer kernels), dynamic or weight_only; `reason` says why a
+              layer is kept.
     outputs   of remove: the indices of the output channels that stay, rising; empty: all. `inputs`
               likewise. Both are given, so that a plan is applied without tracing the network.
     ranks     of factorize: one for a matrix, (outputs, inputs) for a convolution.
