@@ -5,7 +5,8 @@
 Each form is made from --num-calibration unlabelled images, then batch norm is re-estimated on the same images. Equal
 copies are folded first (VGG-16 at 32x32: the same function); shares of the size are shares of the parameters of the
 network as it was published, and multiplications those of the folded one. Judged on the test images in ONNX Runtime,
-float32. Rows are appended to --out as they are measured; rows already there are kept.
+float32. With --finetune-epochs each form is then trained on by distillation from the original, without labels, which
+makes a second row. Rows are appended to --out as they are measured; rows already there are kept.
 """
 
 from __future__ import annotations
@@ -60,64 +61,108 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", nargs="+", required=True, metavar="MODEL=FILE")
     parser.add_argument("--num-calibration", type=int, default=1024)
+    parser.add_argument("--forms", nargs="*", default=[], help="those to measure (default: all)")
+    parser.add_argument("--finetune-epochs", type=float, default=0.0)
+    parser.add_argument("--finetune-learning-rate", type=float, default=0.02)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     splits = tersor.load_data(options.data, num_calibration=options.num_calibration)
     out = pathlib.Path(options.out)
     told = json.loads(out.read_text()) if out.exists() else {"rows": []}
     for name, _, weights in (pair.partition("=") for pair in options.weights):
-        done = {(row["model"], row["form"]) for row in told["rows"]}
-        missing = {f: s for f, s in FORMS[name].items() if (name, f) not in done}
-        if not missing:
-            continue
         module = tersor.load_model(name, weights=weights)
-        size = parameters(module)
         folded = copy.deepcopy(module)
         fold_copies_(folded, torch.zeros(2, *splits.input_shape))
-        graph = tersor.export_onnx(folded, splits.input_shape)
-        original = tersor.evaluate(tersor.open_session(graph), splits)
+        whole = (parameters(module), macs(folded, splits.input_shape))
+        original = judged(folded, splits)
         print(f"{name} float32: {original.accuracy:.2%} (n = {original.num_samples})", flush=True)
-        for form, spec in missing.items():
-            row = measured(folded, splits, spec, original, (size, macs(folded, splits.input_shape)))
-            told["rows"].append({"form": form, "model": name, "data": splits.name, **row})
-            told["environment"] = environment()
-            out.write_text(json.dumps(told, indent=1) + "\n")
-            interval = row["interval"]
-            print(
-                f"{form:46} {row['accuracy']:.2%}  {interval['difference_pt']:+.2f} "
-                f"({interval['low_pt']:+.2f} to {interval['high_pt']:+.2f})  size {row['size_share']:.1%}  "
-                f"MACs {row['macs_share']:.1%}  {row['seconds']:.0f} s",
-                flush=True,
-            )
+        for form, spec in FORMS[name].items():
+            if options.forms and form not in options.forms:
+                continue
+            epochs = options.finetune_epochs
+            tuned = f"{form}, {epochs:g} epochs of distillation"
+            wanted = {form: None} | ({tuned: training(options)} if epochs else {})
+            done = {(row["model"], row["form"]) for row in told["rows"]}
+            if all((name, title) in done for title in wanted):
+                continue
+            small, made = compressed(folded, splits, spec)
+            for title, recipe in wanted.items():
+                if (name, title) in done:
+                    continue
+                if recipe is not None:
+                    small = trained(small, splits, recipe, folded)
+                    made |= {"training": recipe.to_dict()}
+                row = {"form": title, "model": name, "data": splits.name, **made}
+                row |= figures(small, splits, original, whole)
+                told["rows"].append(row)
+                told["environment"] = environment()
+                out.write_text(json.dumps(told, indent=1) + "\n")
+                print(line(row), flush=True)
 
 
-def measured(module, splits, spec, original, whole):
-    """One row: the form of `module` that `spec` asks for, judged on the test images."""
-    started = time.perf_counter()
+def compressed(module, splits, spec):
+    """The form of `module` that `spec` asks for, batch norm re-estimated; how it was made."""
 
     def inputs():
         return calibration_batches(splits, len(splits.calibration))
 
+    started = time.perf_counter()
     made = share(module, spec) if isinstance(spec, Share) else factorize(module, spec, inputs())
     seconds = time.perf_counter() - started
-    small = tersor.reestimate_batch_norm(made.module, inputs())
-    session = tersor.open_session(tersor.export_onnx(small, splits.input_shape))
-    score = tersor.evaluate(session, splits)
-    return {
+    told = {
         "request": spec.to_dict(),
         "seconds": round(seconds, 1),
         "num_calibration": len(splits.calibration),
-        "parameters": parameters(small),
-        "size_share": parameters(small) / whole[0],
-        "macs": macs(small, splits.input_shape),
-        "macs_share": macs(small, splits.input_shape) / whole[1],
+    }
+    return tersor.reestimate_batch_norm(made.module, inputs()), told
+
+
+def training(options):
+    return tersor.Finetune(
+        epochs=options.finetune_epochs,
+        learning_rate=options.finetune_learning_rate,
+        distill=1.0,
+        label_smoothing=0.0,
+        ema_decay=0.995,
+    )
+
+
+def trained(module, splits, recipe, teacher):
+    def show(progress):
+        if progress.step % 50 == 0:
+            print(progress, flush=True)
+
+    return tersor.finetune(module, splits, recipe, teacher=teacher, on_progress=show).module
+
+
+def judged(module, splits):
+    return tersor.evaluate(
+        tersor.open_session(tersor.export_onnx(module, splits.input_shape)), splits
+    )
+
+
+def figures(module, splits, original, whole):
+    score = judged(module, splits)
+    counted = {"parameters": parameters(module), "macs": macs(module, splits.input_shape)}
+    return {
+        **counted,
+        "size_share": counted["parameters"] / whole[0],
+        "macs_share": counted["macs"] / whole[1],
         "original_accuracy": original.accuracy,
         "accuracy": score.accuracy,
         "num_samples": score.num_samples,
         "interval": tersor.paired_interval(score, original).to_dict(),
-        "engine": session.engine,
-        "threads": session.threads,
+        "engine": "onnxruntime",
     }
+
+
+def line(row):
+    interval = row["interval"]
+    return (
+        f"{row['form']:46} {row['accuracy']:.2%}  {interval['difference_pt']:+.2f} "
+        f"({interval['low_pt']:+.2f} to {interval['high_pt']:+.2f})  size {row['size_share']:.1%}  "
+        f"MACs {row['macs_share']:.1%}  {row['seconds']:.0f} s"
+    )
 
 
 def parameters(module):

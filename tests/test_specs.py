@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from tersor.errors import SpecError
 from tersor.specs import (
     KINDS,
+    Factorize,
     Finetune,
     LayerPlan,
     Plan,
     Prune,
     Quantize,
     Recipe,
+    Share,
     from_dict,
 )
 
@@ -43,8 +45,17 @@ finetunes = st.builds(
     distill=st.floats(0, 1),
     seed=st.integers(0, 2**40),
 )
-steps = prunes | quantizes | finetunes
-layers = st.builds(LayerPlan, layer=st.text(), action=st.text(), sparsity=shares)
+factorizes = st.builds(
+    Factorize,
+    method=st.sampled_from(["svd", "activation_aware_svd", "tucker2"]),
+    energy=st.floats(0.01, 1),
+    macs=shares,
+    multiple_of=st.integers(1, 64),
+)
+share_requests = st.builds(Share, transform=st.sampled_from(["negate", "mirror", "mirror4"]))
+steps = prunes | quantizes | finetunes | factorizes | share_requests
+ranks = st.lists(st.integers(1, 512), max_size=2).map(tuple)
+layers = st.builds(LayerPlan, layer=st.text(), action=st.text(), sparsity=shares, ranks=ranks)
 specs = (
     steps
     | st.builds(Recipe, steps=st.lists(steps, max_size=3).map(tuple), seed=st.integers(0))
@@ -60,7 +71,7 @@ def test_json_and_back_is_the_same_spec(spec):
     assert json.dumps(again.to_dict()) == text
 
 
-@pytest.mark.parametrize("spec", [Prune(), Quantize(), Finetune()])
+@pytest.mark.parametrize("spec", [Prune(), Quantize(), Factorize(), Share(), Finetune()])
 def test_kind_comes_first_and_specs_are_frozen(spec):
     assert next(iter(spec.to_dict().items())) == ("kind", spec.kind)
     assert KINDS[spec.kind] is type(spec)
@@ -91,6 +102,13 @@ BAD = [
     (Quantize, "bias_correction", ["yes", 0, None]),
     (Quantize, "reestimate", ["yes", 1, None]),
     (Quantize, "num_calibration", [0, -1, "many", math.nan]),
+    (Factorize, "method", ["svdd", None]),
+    (Factorize, "rank", ["best", None]),
+    (Factorize, "energy", [0, -0.1, 1.1, math.nan, "most"]),
+    (Factorize, "size", [-0.1, 1, math.nan, "x"]),
+    (Factorize, "macs", [-0.1, 1, math.inf, None]),
+    (Factorize, "multiple_of", [0, -8, 2.5, "x"]),
+    (Share, "transform", ["negated", None]),
     (Finetune, "epochs", [0, -1, math.nan, math.inf, "ten", None]),
     (Finetune, "learning_rate", [0, -0.1, math.nan, "fast"]),
     (Finetune, "batch_size", [0, 1, -4, "big", None]),

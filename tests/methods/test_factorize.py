@@ -300,6 +300,16 @@ def test_a_module_that_reads_a_replaced_weight_is_refused():
     assert kept.size_share == 1.0
 
 
+def test_layers_too_large_for_eigenvectors_are_kept_and_said(monkeypatch):
+    monkeypatch.setattr("tersor.methods.factorize.LARGEST_SIDE", 127)
+    module = load_model("digits_net", seed=3)
+    for method in NAMES:
+        found = factorize(module, Factorize(method=method, energy=0.5), batches()).plan
+        reasons = {d.layer: d.reason for d in found.layers}
+        assert "128 by 128" in reasons["classifier.0"]
+        assert "by" not in reasons["classifier.2"] and not reasons["features.3"]
+
+
 def test_layers_with_hooks_and_whole_networks_are_kept():
     module = load_model("digits_net", seed=3)
     module.features[3].register_forward_hook(lambda *_: None)

@@ -27,6 +27,7 @@ FloatArray = npt.NDArray[np.float32]
 Outputs = Mapping[str, LayerOutputs]
 RANKS_TRIED = 64  # of each layer, for a budget
 PAIRS_TRIED = 16  # of Tucker-2's output ranks, and of its input ranks
+LARGEST_SIDE = 8192  # eigenvectors of a matrix of this side take minutes and 1 GB
 
 
 @dc.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def observe(
     Raises what `observe_outputs` does, and ModelError for a network without layers.
     """
     names = [name for name, _ in _layers(module)]
-    reasons = fixed_layers(module, FACTORIZED, spec.exclude)
+    reasons = _fixed(module, spec)
     close = [name for name in names if name not in reasons] if spec.needs_outputs else []
     return observe_outputs(module, batches, names, with_moments=close)
 
@@ -63,7 +64,7 @@ def plan(module: nn.Module, spec: Factorize, outputs: Outputs) -> Plan:
     budget that the lowest ranks do not meet.
     """
     layers = _layers(module)
-    reasons = fixed_layers(module, FACTORIZED, spec.exclude)
+    reasons = _fixed(module, spec)
     for name, _ in layers:
         if name not in reasons and not outputs[name].calls:
             reasons[name] = "it is never called: something else reads its weight, or nothing does"
@@ -250,6 +251,22 @@ def _layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
             f"{type(module).__name__} has no convolutional or linear layer, so nothing to factorize"
         )
     return layers
+
+
+def _fixed(module: nn.Module, spec: Factorize) -> dict[str, str]:
+    """Why layers are kept whatever their rank, by name."""
+    reasons = fixed_layers(module, FACTORIZED, spec.exclude)
+    for name, layer in weight_layers(module):
+        if name in reasons:
+            continue
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        side = len(weight) if spec.needs_outputs else min(weight.flatten(1).shape)
+        if side > LARGEST_SIDE:
+            reasons[name] = (
+                f"eigenvectors of {side} by {side} are needed, {LARGEST_SIDE} is the most"
+            )
+    return reasons
 
 
 def _request(decided: Plan) -> Factorize:

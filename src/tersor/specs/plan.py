@@ -20,8 +20,9 @@ class LayerPlan(Spec, kind="layer_plan"):
     """What happens to one layer.
 
     action    keep, prune (weights become zero), remove (whole slices go), bypass (an identity
-              stands in the place of the whole module), factorize, int8 (integer
-              kernels), dynamic or weight_only; `reason` says why a layer is kept.
+              stands in the place of the whole module), factorize, share (filters follow from
+              others), int8 (integer kernels), dynamic or weight_only; `reason` says why a layer is
+              kept.
     outputs   of remove: the indices of the output channels that stay, rising; empty: all. `inputs`
               likewise (of a grouped convolution those of one group, as in its weight). Both are
               given, so that a plan is applied without tracing the network.
