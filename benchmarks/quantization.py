@@ -1,4 +1,4 @@
-"""Static int8 side by side: Tersor, ONNX Runtime's quantizer, NNCF with OpenVINO, torchao with Inductor.
+"""Static int8 side by side: Tersor, ONNX Runtime's quantizer, NNCF with OpenVINO, PyTorch, torchao.
 
     pip install -e '.[openvino]' -r benchmarks/requirements.txt
     python benchmarks/quantization.py --data folder:DIR --weights resnet18=FILE vgg16_bn=FILE --out quantization.json
@@ -12,6 +12,7 @@ error. Needs a C++ compiler for Inductor.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import pathlib
 import tempfile
@@ -28,6 +29,8 @@ from tersor.engines import open_session
 from tersor.pipeline import deployment_graph
 
 NUM_CALIBRATION = 512
+TOOLS = ("tersor", "onnxruntime", "nncf", "pytorch", "torchao")
+SLOW_FLOATS = ("float32 on PyTorch eager", "float32 on openvino")
 
 
 class Runs:
@@ -41,7 +44,7 @@ def tersor_forms(module, graph, calibration, threads):
     started = time.perf_counter()
     small = tersor.quantize(graph, tersor.Quantize(), calibration)
     seconds = time.perf_counter() - started
-    for engine in ("onnxruntime", "openvino"):
+    for engine in ("onnxruntime", "openvino", "openvino_streams", "openvino_bf16"):
         yield (
             f"Tersor static int8 on {engine}",
             seconds,
@@ -108,19 +111,9 @@ def nncf_form(module, graph, calibration, threads):
     yield "NNCF on OpenVINO", seconds, opened
 
 
-def single_relus(module):
-    """The module with a function call for each ReLU: its quantizer fails where one is used twice."""
-    traced = torch.fx.symbolic_trace(module.eval())
-    for node in traced.graph.nodes:
-        if node.op == "call_module" and isinstance(
-            traced.get_submodule(node.target), torch.nn.ReLU
-        ):
-            node.op, node.target, node.kwargs = "call_function", torch.nn.functional.relu, {}
-    traced.recompile()
-    return traced
-
-
-def torchao_form(module, graph, calibration, threads):
+def inductor_form(module, graph, calibration, threads):
+    """torchao's quantizer for x86. Dynamic batch sizes and non-strict export both defeat its patterns
+    (60 times slower, an error), so it gets one program for each batch size, in channels_last."""
     import torch._inductor.config
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -129,17 +122,22 @@ def torchao_form(module, graph, calibration, threads):
     )
 
     torch._inductor.config.freezing = True
+
+    def converted(size):
+        images = np.concatenate(calibration)
+        images = images[: len(images) // size * size].reshape(-1, size, *images.shape[1:])
+        example = torch.from_numpy(images[0]).contiguous(memory_format=torch.channels_last)
+        program = torch.export.export(module.eval(), (example,), strict=True).module()
+        quantizer = X86InductorQuantizer()
+        quantizer.set_global(get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(program, quantizer)
+        with torch.no_grad():
+            for batch in images:
+                prepared(torch.from_numpy(batch).contiguous(memory_format=torch.channels_last))
+        return convert_pt2e(prepared)
+
     started = time.perf_counter()
-    example = (torch.from_numpy(calibration[0][:2]),)
-    shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},)
-    program = torch.export.export(single_relus(module), example, dynamic_shapes=shapes).module()
-    quantizer = X86InductorQuantizer()
-    quantizer.set_global(get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(program, quantizer)
-    with torch.no_grad():
-        for batch in calibration:
-            prepared(torch.from_numpy(batch))
-    converted = convert_pt2e(prepared)
+    first = converted(len(calibration[0]))
     seconds = time.perf_counter() - started
 
     def opened():
@@ -147,16 +145,47 @@ def torchao_form(module, graph, calibration, threads):
 
         def run(batch):
             size = len(batch)
-            if size not in compiled:  # one program for each size, as Inductor is fastest
-                torch._dynamo.reset()
-                compiled[size] = torch.compile(converted, dynamic=False)
+            inputs = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
             torch.set_num_threads(threads)
             with torch.no_grad():
-                return compiled[size](torch.from_numpy(batch)).numpy()
+                if size not in compiled:
+                    torch._dynamo.reset()
+                    program = first if size == len(calibration[0]) else converted(size)
+                    compiled[size] = torch.compile(program, dynamic=False)
+                return compiled[size](inputs).numpy()
 
         return Runs("inductor", threads, run)
 
     yield "torchao pt2e on Inductor", seconds, opened
+
+
+def pytorch_forms(module, graph, calibration, threads):
+    """PyTorch's own FX quantization, once for each of its engines."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    for engine in ("x86", "onednn", "fbgemm"):
+        started = time.perf_counter()
+        torch.backends.quantized.engine = engine
+        example = (torch.from_numpy(calibration[0][:2]),)
+        mapping = get_default_qconfig_mapping(engine)
+        prepared = prepare_fx(copy.deepcopy(module).eval(), mapping, example)
+        with torch.no_grad():
+            for batch in calibration:
+                prepared(torch.from_numpy(batch))
+        converted = convert_fx(prepared)
+        seconds = time.perf_counter() - started
+
+        def opened(converted=converted, engine=engine):
+            def run(images):
+                torch.backends.quantized.engine = engine
+                torch.set_num_threads(threads)
+                with torch.inference_mode():
+                    return converted(torch.from_numpy(images)).numpy()
+
+            return Runs(engine, threads, run)
+
+        yield f"PyTorch FX static int8 ({engine})", seconds, opened
 
 
 def accuracy(session, splits, batch=250):
@@ -192,12 +221,15 @@ def measure(name, module, splits, input_shape, calibration, options, trained):
             lambda e=engine: open_session(graph, engine=e, threads=threads),
         )
     # The peers get the plain graph, as their users would give it; ours is folded by exact algebra.
-    for build, source in (
-        (tersor_forms, graph),
-        (onnxruntime_form, plain),
-        (nncf_form, plain),
-        (torchao_form, plain),
+    for tool, build, source in (
+        ("tersor", tersor_forms, graph),
+        ("onnxruntime", onnxruntime_form, plain),
+        ("nncf", nncf_form, plain),
+        ("pytorch", pytorch_forms, plain),
+        ("torchao", inductor_form, plain),
     ):
+        if tool not in options.tools:
+            continue
         try:
             for each in build(module, source, calibration, threads):
                 add(*each)
@@ -215,13 +247,15 @@ def measure(name, module, splits, input_shape, calibration, options, trained):
         for label, (_, seconds, error) in forms.items()
     }
     running = {label: session for label, (session, _, error) in forms.items() if error is None}
-    for batch in options.batch:
+    for batch in () if options.no_times else options.batch:
         timings = time_sessions(running, input_shape, batch, seconds=options.seconds)
         for label, timing in timings.items():
             rows[label][f"batch_{batch}"] = timing.to_dict()
             print(f"{name:12} batch {batch:3} {timing.median_ms:8.2f} ms  {label}", flush=True)
     if trained and not options.no_accuracy:
         for label, session in running.items():
+            if label in SLOW_FLOATS:  # the same function as float32 on onnxruntime
+                continue
             rows[label]["accuracy"] = accuracy(session, splits)
             rows[label]["num_samples"] = len(splits.test)
             print(f"{name:12} accuracy {rows[label]['accuracy']:.2%}  {label}", flush=True)
@@ -238,10 +272,12 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", nargs="*", default=[], help="NAME=FILE of a trained network")
     parser.add_argument("--untrained", nargs="*", default=["mobilenet_v2", "vit_b_16"])
+    parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-accuracy", action="store_true")
+    parser.add_argument("--no-times", action="store_true", help="accuracy alone, on a busy machine")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -252,6 +288,7 @@ def main():
         name, _, file = given.partition("=")
         module = tersor.load_model(name, weights=file)
         rows += measure(name, module, splits, splits.input_shape, calibration, options, True)
+        written(options.out, splits, options.threads, rows)
     noise = np.random.default_rng(0).standard_normal((64, 3, 224, 224)).astype(np.float32)
     for name in options.untrained:
         module = tersor.load_model(f"torchvision:{name}", seed=0)
@@ -260,13 +297,27 @@ def main():
             **{**vars(options), "batch": [b for b in options.batch if b <= 8] + [8]}
         )
         rows += measure(name, module, splits, (3, 224, 224), few, options_here, False)
+        written(options.out, splits, options.threads, rows)
+
+
+def written(out, splits, threads, rows):
+    """Rows go beside those of an earlier call; what this one did not measure is kept."""
+    path = pathlib.Path(out)
+    held = json.loads(path.read_text())["rows"] if path.exists() else []
+    merged = {(row["model"], row["form"]): row for row in held}
+    for row in rows:
+        key = (row["model"], row["form"])
+        fresh = {k: v for k, v in row.items() if v is not None}
+        merged[key] = {**row, **merged.get(key, {}), **fresh}
+    rows = list(merged.values())
     told = {
         "environment": environment(),
         "data": splits.name,
-        "threads": options.threads,
+        "threads": threads,
+        "calibration": NUM_CALIBRATION,
         "rows": rows,
     }
-    pathlib.Path(options.out).write_text(json.dumps(told, indent=1) + "\n")
+    path.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

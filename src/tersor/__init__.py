@@ -18,18 +18,21 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Factorize": "specs",
     "Finetune": "specs",
     "Plan": "specs",
     "Prune": "specs",
     "Quantize": "specs",
     "Recipe": "specs",
+    "Share": "specs",
     "StudySettings": "study.settings",
     "TersorError": "errors",
     "benchmark": "bench.timing:time_sessions",
     "evaluate": "bench.evaluate",
     "export_onnx": "graph.export",
+    "factorize": "methods.factorize",
     "finetune": "methods.finetune",
-    "load": "artifact",
+    "load": "loading",
     "load_data": "data",
     "load_model": "models",
     "open_session": "engines",
@@ -39,9 +42,11 @@ _HOMES = {
     "quantize": "methods.quantize",
     "quantize_network": "pipeline",
     "reestimate_batch_norm": "methods.reestimate",
+    "run_recipe": "recipe",
     "run_study": "study.run",
     "save": "artifact",
     "save_weights": "models",
+    "share": "methods.share",
     "write": "pipeline",
 }
 

@@ -7,7 +7,7 @@ import dataclasses as dc
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,17 @@ from tersor.engines import Session, open_session
 from tersor.errors import ModelError, SpecError
 from tersor.graph.export import export_onnx
 from tersor.graph.fold import fold_copies_
+from tersor.methods import factorize as factorization
 from tersor.methods import prune as pruning
+from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.methods.schedules import prune_gradually
 from tersor.models.load import load_model
-from tersor.specs import Finetune, Plan, Prune, Quantize
+from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize
+from tersor.specs.prune import REMOVED
 
 CALIBRATION_BATCH = 64
 # One epoch at a small rate, from the float network's outputs alone: no labels.
@@ -127,8 +131,8 @@ def calibration_batches(splits: Splits, num_images: int) -> Iterator[npt.NDArray
 
 
 @dc.dataclass(frozen=True)
-class PrunedModel:
-    """A pruned network in the three states the study compares; a state not asked for is None."""
+class Compressed:
+    """A changed network in the three states the study compares; a state not asked for is None."""
 
     one_shot: nn.Module
     reestimated: nn.Module | None
@@ -153,26 +157,86 @@ def prune_model(
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
-) -> PrunedModel:
-    """Prune, re-estimate batch norm from calibration inputs, and fine-tune with the masks kept."""
-    pruned = pruning.prune(module, spec, seed=seed)
-    fresh = None
-    if reestimate:
-        fresh = reestimate_batch_norm(
-            pruned.module, calibration_batches(splits, len(splits.calibration))
+) -> Compressed:
+    """Prune, re-estimate batch norm from calibration inputs, and fine-tune: with the masks kept, or
+    the network that is left of structures that are removed.
+
+    With a schedule of rounds that follows each round. Inputs that a criterion, a scope or a
+    reconstruction asks for are calibration inputs, without their labels.
+    """
+    inputs = list(calibration_batches(splits, len(splits.calibration)))
+    after = (reestimate, recovery, checkpoint, on_progress)
+    if spec.structure in REMOVED:
+        example = torch.zeros(1, *splits.input_shape)
+        decided = structured.plan(module, spec, example, inputs=inputs, seed=seed)
+        return _recovered(
+            module,
+            structured.apply(module, decided, inputs=inputs, seed=seed),
+            decided,
+            splits,
+            None,
+            *after,
         )
-    tuned = None
+    evidence = pruning.Evidence(inputs=inputs)
+    if spec.schedule == "one_shot":
+        pruned = pruning.prune(module, spec, seed=seed, evidence=evidence)
+        return _recovered(module, pruned.module, pruned.plan, splits, pruned.masks, *after)
+    states: list[Compressed] = []
+
+    def recover(changed: nn.Module, masks: Mapping[str, torch.Tensor], number: int) -> nn.Module:
+        place = None if checkpoint is None else checkpoint.with_suffix(f".{number}.checkpoint")
+        now = (reestimate, recovery, place, on_progress)
+        states.append(_recovered(module, changed, Plan(spec), splits, dict(masks), *now))
+        return states[-1].module
+
+    pruned = prune_gradually(module, spec, recover=recover, seed=seed, evidence=evidence)
+    return dc.replace(states[-1], plan=pruned.plan)
+
+
+def factorize_model(
+    module: nn.Module,
+    splits: Splits,
+    spec: Factorize,
+    *,
+    reestimate: bool = True,
+    recovery: Finetune | None = None,
+    checkpoint: pathlib.Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Compressed:
+    """Replace layers by thinner ones in series, re-estimate batch norm, and fine-tune. No labels but
+    for a fine-tuning that uses them."""
+    inputs = calibration_batches(splits, len(splits.calibration))
+    found = factorization.factorize(module, spec, inputs)
+    after = (reestimate, recovery, checkpoint, on_progress)
+    return _recovered(module, found.module, found.plan, splits, None, *after)
+
+
+def _recovered(
+    original: nn.Module,
+    changed: nn.Module,
+    plan: Plan,
+    splits: Splits,
+    masks: dict[str, torch.Tensor] | None,
+    reestimate: bool,
+    recovery: Finetune | None,
+    checkpoint: pathlib.Path | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> Compressed:
+    """What every method does after it has changed a network."""
+    fresh, tuned = None, None
+    if reestimate:
+        fresh = reestimate_batch_norm(changed, calibration_batches(splits, len(splits.calibration)))
     if recovery is not None:
         tuned = finetune(
-            fresh or pruned.module,
+            fresh or changed,
             splits,
             recovery,
-            masks=pruned.masks,
-            teacher=module if recovery.distill > 0 else None,
+            masks=masks,
+            teacher=original if recovery.distill > 0 else None,
             checkpoint=checkpoint,
             on_progress=on_progress,
         )
-    return PrunedModel(pruned.module, fresh, tuned, pruned.plan)
+    return Compressed(changed, fresh, tuned, plan)
 
 
 def quantize_graph(
@@ -220,7 +284,7 @@ def needing_inputs(spec: Quantize) -> str:
         return f"mode {spec.mode}"
     if spec.rounding != "nearest":
         return f"rounding {spec.rounding}"
-    return "bias correction" if spec.bias_correction else "mixed precision"
+    return "a correction of moments" if spec.corrects else "mixed precision"
 
 
 def write(

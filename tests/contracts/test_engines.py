@@ -15,7 +15,7 @@ from tersor.graph import export_onnx
 def runs_here(engine):
     """An engine of an extra that is not installed, or of another processor, has no contract."""
     try:
-        return not engine.startswith("openvino") or has_bf16() or engine == "openvino"
+        return not engine.startswith("openvino") or has_bf16() or engine != "openvino_bf16"
     except MissingExtraError:
         return False
 

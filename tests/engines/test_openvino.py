@@ -46,7 +46,7 @@ def tiny_graph(outputs=1, kind=TensorProto.FLOAT):
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-@pytest.mark.parametrize("engine", ["openvino", "openvino_bf16"])
+@pytest.mark.parametrize("engine", ["openvino", "openvino_bf16", "openvino_streams"])
 def test_without_the_library_the_extra_is_named(engine, graph, monkeypatch):
     monkeypatch.setattr(engine_module, "has_bf16", lambda: True)
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -128,3 +128,13 @@ def test_nothing_is_reported_and_nothing_written_to_the_home(graph, tmp_path):
     told = {**os.environ, "HOME": str(home), "LOCALAPPDATA": str(home)}
     assert subprocess.run(command, env=told, check=False).returncode == 0
     assert [path.name for path in home.iterdir() if path.name.lower().startswith("intel")] == []
+
+
+@needs_openvino
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_of_a_batch_come_back_in_their_order(graph, count):
+    batch = images(count)
+    whole = open_session(graph, engine="openvino", threads=1).run(batch)
+    shared = open_session(graph, engine="openvino_streams", threads=3).run(batch)
+    np.testing.assert_allclose(shared, whole, rtol=1e-4, atol=1e-5)
+    assert len(np.unique(np.round(whole, 3), axis=0)) == count  # an exchanged order would show

@@ -204,3 +204,21 @@ def test_mode_hooks_and_batch_statistics_are_as_before(training):
     assert not any(m._forward_hooks for m in module.modules())
     assert all(torch.equal(before[k], v) for k, v in module[0].state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), generator)
+
+
+def test_layers_that_take_keywords_and_give_several_values_are_passed_by():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.linear = nn.Linear(8, 3)
+
+        def forward(self, images):
+            rows = images[:, 0]
+            mixed, _ = self.attention(query=rows, key=rows, value=rows)
+            return self.linear(mixed.mean(1))
+
+    net = seeded(Attending)
+    before = copy.deepcopy(net)
+    assert fold_copies_(net, EXAMPLE)[0] == []
+    assert same_function(net, before)

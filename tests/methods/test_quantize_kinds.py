@@ -13,7 +13,7 @@ from tersor.artifact import pack
 from tersor.artifact.inspection import inspect
 from tersor.engines import open_session
 from tersor.engines.onnxruntime import inference_session
-from tersor.errors import DataError, SpecError
+from tersor.errors import BudgetError, DataError, SpecError
 from tersor.graph import export_onnx
 from tersor.graph.layers import graph_layers
 from tersor.graph.qdq import as_matrix, as_weight
@@ -160,9 +160,11 @@ def test_stored_codes_decode_to_the_fitted_grid_bit_for_bit(graph, spec):
         (dict(mode="weight_only", code="codebook", rounding="adaround"), "not evenly spaced"),
         (dict(mode="dynamic", activation_bits=4), "static and qat"),
         (dict(mode="weight_only", activation_symmetry="symmetric"), "static and qat"),
-        (dict(code="ternary", bits=2, mean_bits=3.0), "chooses between bits of code uniform"),
+        (dict(code="ternary", bits=2, mean_bits=3.0), "choose between bits of code uniform"),
         (dict(mode="qat", rounding="gptq"), "takes no other rounding"),
         (dict(mean_bits=9.0), "0 .* or 1 to 8"),
+        (dict(reestimate=True, granularity="per_tensor"), "scale of each output channel"),
+        (dict(mean_bits=4.0, code_bytes=1000), "one limit said in two ways"),
         (dict(equalize=1), "true or false"),
         (dict(rounding="gtpq"), "Did you mean 'gptq'"),
     ],
@@ -279,6 +281,18 @@ def test_mixed_precision_keeps_the_mean_and_spends_it_where_it_hurts(graph):
     assert errors[0] < errors[1]
 
 
+def test_a_limit_of_bytes_is_the_same_limit_as_its_mean_of_bits(graph):
+    total = sum(layer.num_weights for layer in graph_layers(graph))
+    by_mean, by_bytes = (
+        quantize(graph, Quantize(mode="weight_only", num_calibration=64, **limit), [images(64)])
+        for limit in (dict(mean_bits=4.0), dict(code_bytes=total // 2))
+    )
+    assert by_bytes.plan.layers == by_mean.plan.layers
+    with pytest.raises(BudgetError, match=f"fits {total // 8:,} bytes"):
+        spec = Quantize(mode="weight_only", num_calibration=64, code_bytes=total // 8)
+        quantize(graph, spec, [images(64)])
+
+
 def test_codes_of_few_bits_make_small_files(graph):
     weights = sum(layer.num_weights for layer in graph_layers(graph))
     for bits in (2, 3, 4, 8):
@@ -290,7 +304,9 @@ def test_codes_of_few_bits_make_small_files(graph):
         assert sum(row["size_bytes"] for row in coded) <= weights * least / 8 + 3 * len(coded)
 
 
-@pytest.mark.parametrize("fields", [dict(rounding="gptq"), dict(bias_correction=True)])
+@pytest.mark.parametrize(
+    "fields", [dict(rounding="gptq"), dict(bias_correction=True), dict(reestimate=True)]
+)
 def test_unlabelled_inputs_are_asked_for_where_they_are_needed(graph, fields):
     assert Quantize(mode="weight_only", **fields).needs_inputs
     assert not Quantize(mode="weight_only").needs_inputs

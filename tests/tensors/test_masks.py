@@ -84,16 +84,3 @@ def test_lamp_follows_its_equation():
     squared = weight.double().square()
     expected = torch.stack([w / squared[squared >= w].sum() for w in squared.flatten()])
     assert torch.allclose(CRITERIA["lamp"](weight, 0).double().flatten(), expected, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", list(CRITERIA))
-@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (5, 7), (1, 1)])
-def test_every_criterion_is_finite_seeded_and_leaves_its_input(name, shape):
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    for values in (weight, torch.zeros(shape), weight * 1e15):
-        before = values.clone()
-        saliency = CRITERIA[name](values, 3)
-        assert saliency.shape == values.shape
-        assert torch.isfinite(saliency).all()
-        assert torch.equal(saliency, CRITERIA[name](values, 3))
-        assert torch.equal(values, before)

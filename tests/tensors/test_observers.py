@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 
 from tersor.tensors.affine import choose_affine, dequantize, quantize
 from tersor.tensors.observers import (
+    MOST_VALUES,
+    OBSERVERS,
     Entropy,
     Histogram,
     MinMax,
     MovingAverage,
     Percentile,
     SquaredError,
+    thinned,
 )
 
 SHAPES = ("laplace", "normal", "uniform", "relu", "one_sided")
@@ -173,3 +176,22 @@ def test_the_percentile_leaves_a_ten_thousandth_at_each_end():
     low, high = watch(Percentile(), *np.split(values, 4))
     assert high == pytest.approx(np.quantile(values, 1 - 1e-4), abs=0.02)
     assert low == pytest.approx(np.quantile(values, 1e-4), abs=0.02)
+
+
+@pytest.mark.parametrize("observer", ["histogram", "percentile", "entropy", "mse"])
+def test_of_a_large_batch_a_part_is_counted_and_the_extremes_are_exact(observer):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((16, 64, 32, 32)).astype(np.float32)
+    values[3, 5, 7, 11] = 9.5  # alone, and not among the evenly spaced
+    whole, part = OBSERVERS[observer](), OBSERVERS[observer]()
+    for piece in values.reshape(64, -1):  # below the limit: every value is counted
+        whole.observe(piece)
+    part.observe(values)
+    errors = [squared_error(values, *each.range()) for each in (part, whole)]
+    assert errors[0] <= 1.1 * errors[1]
+    minmax = OBSERVERS["minmax"]()
+    minmax.observe(values)
+    histogram = getattr(part, "histogram", part)
+    assert (histogram.low, histogram.high) == minmax.range()
+    assert thinned(values.reshape(-1)).size < values.size / 6
+    assert thinned(values.reshape(-1)[:MOST_VALUES]).size == MOST_VALUES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import json
 import pathlib
 from collections.abc import Callable
@@ -12,14 +11,16 @@ from tyro.conf import Positional
 
 from tersor.cli.activity import activity
 from tersor.cli.arguments import Data, Model, Weights
+from tersor.cli.compression import compress, factorize, prune
+from tersor.cli.distillation import distill
 from tersor.cli.measure import benchmark, evaluate, inspect
 from tersor.cli.output import Output, say, training_watch, watching
 from tersor.cli.quantization import quantize
 from tersor.cli.sensitivity import sensitivity
 from tersor.cli.studies import demo, report, study
-from tersor.cli.targets import told, writable
+from tersor.cli.targets import writable
 from tersor.errors import SpecError
-from tersor.specs import Finetune, Prune
+from tersor.specs import Finetune
 
 
 def train(
@@ -84,59 +85,6 @@ def train(
     return answer
 
 
-def prune(
-    model: Positional[Model],
-    /,
-    *,
-    data: Data,
-    out: str,
-    weights: Weights = None,
-    num_classes: int | None = None,
-    request: Prune = Prune(),  # noqa: B008
-    reestimate: bool = True,
-    finetune_epochs: float = 0.0,
-    finetune_learning_rate: float = 0.03,
-    save_weights: str | None = None,
-    seed: int = 0,
-    output: Output = Output(),  # noqa: B008
-) -> dict[str, Any]:
-    """Prune a network and write it as a .tersor file.
-
-    Args:
-        out: the file to write (.tersor)
-        reestimate: re-estimate batch norm from unlabelled calibration inputs
-        finetune_epochs: train on with the pruned weights kept at zero (0: not)
-        save_weights: also write the pruned network's weights (.safetensors), to train on
-    """
-    from tersor.data import load_data
-    from tersor.models import save_weights as save_state
-    from tersor.pipeline import prune_model, resolve, write
-
-    target = writable(out, ".tersor")
-    kept = None if save_weights is None else writable(save_weights, ".safetensors")
-    subject = resolve(model, weights=weights, num_classes=num_classes, seed=seed)
-    module = subject.need_module("pruning")
-    splits = load_data(data)
-    recovery = None
-    if finetune_epochs > 0:
-        recovery = Finetune(epochs=finetune_epochs, learning_rate=finetune_learning_rate, seed=seed)
-    with watching() as watch:
-        pruned = prune_model(
-            module,
-            splits,
-            request,
-            reestimate=reestimate,
-            recovery=recovery,
-            on_progress=training_watch(watch, "fine-tune"),
-            seed=seed,
-        )
-    graph = dc.replace(subject, module=pruned.module).graph(splits.input_shape)
-    size = write(graph, target, plan=pruned.plan, provenance={"data": splits.name, "model": model})
-    if kept is not None:
-        save_state(pruned.module, kept)
-    return told(output, target, size, pruned.plan)
-
-
 def export(
     model: Positional[Model],
     /,
@@ -175,8 +123,11 @@ def export(
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "demo": demo,
     "train": train,
+    "distill": distill,
     "evaluate": evaluate,
+    "compress": compress,
     "prune": prune,
+    "factorize": factorize,
     "quantize": quantize,
     "sensitivity": sensitivity,
     "activity": activity,

@@ -12,13 +12,35 @@ from tersor.specs import Plan
 PICTURES = (".html", ".svg")
 
 
-def told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[str, Any]:
-    """Print the coverage table and the file; return both."""
+def told(output: Output, target: pathlib.Path | None, size: int, plan: Plan) -> dict[str, Any]:
+    """Print the coverage table and the file, where there is one yet; return both."""
     layers = [{k: v for k, v in d.to_dict().items() if k != "kind"} for d in plan.layers]
-    columns = ("layer", "action", "bits", "sparsity", "reason")
-    show_table(output, "coverage", columns, [[layer[c] for c in columns] for layer in layers])
-    say(output, f"wrote {target}, {size:,} bytes")
+    shown = [layer | {"kept": _kept(layer)} for layer in layers]
+    nothing = {
+        "bits": 32,
+        "sparsity": 0,
+        "kept": "",
+        "reason": "",
+    }  # a column of these says nothing
+    telling = [name for name in nothing if any(line[name] != nothing[name] for line in shown)]
+    columns = ("layer", "action", *telling)
+    show_table(
+        output,
+        f"coverage: {plan.request.kind}",
+        columns,
+        [[layer[c] for c in columns] for layer in shown],
+    )
+    if target is not None:
+        say(output, f"wrote {target}, {size:,} bytes")
     return {"out": str(target), "size_bytes": size, "layers": layers}
+
+
+def _kept(layer: dict[str, Any]) -> str:
+    """What is left of a layer's channels, or its ranks, in words."""
+    if layer["ranks"]:
+        return f"rank {', '.join(map(str, layer['ranks']))}"
+    parts = ("outputs", "inputs")
+    return ", ".join(f"{len(layer[part])} {part}" for part in parts if layer[part])
 
 
 def writable(path: str, suffix: str) -> pathlib.Path:

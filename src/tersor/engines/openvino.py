@@ -33,14 +33,16 @@ class OpenVinoSession:
     precision = "f32"
     may_be_chosen = True
     may_crash = True
+    a_stream_a_thread = False
 
     def __init__(self, model: Any, threads: int) -> None:
         library = _library()
         graph = serialized(graph_of(model, self.engine), self.engine)
         self.threads = threads
+        streams = threads if self.a_stream_a_thread else 1
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
+            "NUM_STREAMS": str(streams),
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": self.precision,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
@@ -61,18 +63,42 @@ class OpenVinoSession:
         self._shape = tuple(
             d.get_length() if d.is_static else None for d in found[0].get_partial_shape()
         )
-        self._request = compiled.create_infer_request()
+        self._requests = [compiled.create_infer_request() for _ in range(streams)]
 
     def run(self, batch: FloatArray) -> FloatArray:
         """Logits (N, classes) float32 of images (N, C, H, W) float32."""
         inputs = checked_batch(batch, self._shape, self.engine)
         try:
-            (logits,) = self._request.infer([inputs]).values()
+            return self._run(inputs)
         except Exception as error:  # the library's exceptions have no common class
             raise EngineError(
                 f"{self.engine}: running the graph failed: {first_line(error)}"
             ) from None
+
+    def _run(self, inputs: FloatArray) -> FloatArray:
+        (logits,) = self._requests[0].infer([inputs]).values()
         return np.array(logits, np.float32)
+
+
+@ENGINES.register("openvino_streams")
+class OpenVinoStreamsSession(OpenVinoSession):
+    """The same with one stream a thread, each on its share of the batch: no thread waits for another
+    at the end of every layer. Faster on large batches (4 % at 64 images); at batch 1 one thread
+    works alone."""
+
+    engine = "openvino_streams"
+    a_stream_a_thread = True
+
+    def _run(self, inputs: FloatArray) -> FloatArray:
+        parts = [part for part in np.array_split(inputs, self.threads) if len(part)]
+        running = self._requests[: len(parts)]
+        for request, part in zip(running, parts, strict=True):
+            request.start_async([part])
+        for request in running:
+            request.wait()
+        return np.concatenate(
+            [np.array(request.get_output_tensor(0).data, np.float32) for request in running]
+        )
 
 
 @ENGINES.register("openvino_bf16")

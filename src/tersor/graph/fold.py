@@ -137,9 +137,14 @@ def _find_copies(module: nn.Module, example: torch.Tensor) -> list[FoldedCopies]
     calls: list[tuple[str, nn.Module, torch.Size, torch.Size]] = []
 
     def record(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        return layer.register_forward_hook(
-            lambda _, inputs, output: calls.append((name, layer, inputs[0].shape, output.shape))
-        )
+        def seen(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            shapes = [
+                value.shape if isinstance(value, torch.Tensor) else torch.Size()
+                for value in (next(iter(inputs), None), output)
+            ]  # attention takes keywords and gives several values
+            calls.append((name, layer, shapes[0], shapes[1]))
+
+        return layer.register_forward_hook(seen)
 
     handles = [
         record(name, layer)

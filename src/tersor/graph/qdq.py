@@ -127,6 +127,10 @@ def static_graph(
         if index in chosen:
             root = activations.root[original.input[0]]
             build.quantized_layer(node, chosen[index], codes[root][0])
+        root = activations.root.get(original.output[0], "")
+        if original.output[0] not in outputs and root and build.codes_clamp(original, codes[root]):
+            build.pair(original.output[0], node.input[0], root, codes)
+            continue
         for place, name in enumerate(node.output):
             if name in outputs and name in activations.root:
                 node.output[place] = f"{name}_float"
@@ -211,6 +215,19 @@ class _Rewriting:
         target = name if source != name else f"{name}_dequantized"
         self.node("DequantizeLinear", [coded, scale, zero_point], target)
         self.renamed[name] = target
+
+    def codes_clamp(self, node: NodeProto, code: Affine) -> bool:
+        """Whether `node` is a Relu or Clip whose limits lie at the ends of the codes of its output:
+        without it every value gets the same code, and engines merge what comes before."""
+        limits = {"Relu": [0.0, np.inf]}.get(node.op_type)
+        if node.op_type == "Clip":
+            held = [self.originals[name] for name in node.input[1:] if name in self.originals]
+            if len(held) == 2:
+                limits = [float(numpy_helper.to_array(each)) for each in held]
+        if limits is None:
+            return False
+        lowest, highest = quantize(np.array(limits, np.float32), *code, dtype=np.uint8)
+        return bool(lowest == 0 and highest >= 2**self.activation_bits - 1)
 
     def integers(self, weight: WeightCodes) -> Array:
         """Put whole-number codes in, once, and return their scale, () or (O,)."""

@@ -28,7 +28,7 @@ from tersor.graph.qdq import (
 )
 from tersor.graph.select import excluded_layers
 from tersor.methods.calibrate import observe_ranges
-from tersor.methods.correct import bias_shift
+from tersor.methods.correct import bias_shift, output_gain
 from tersor.methods.layer_inputs import InputMoments, input_moments
 from tersor.methods.sensitivity import mixed_bits, sensitivities
 from tersor.registry import did_you_mean
@@ -76,9 +76,9 @@ class Quantized:
 def quantize(
     graph: onnx.ModelProto, spec: Quantize, calibration: Iterable[FloatArray] = ()
 ) -> Quantized:
-    """`plan`, then `apply`; with spec.mean_bits the bits are chosen by measured sensitivity first."""
+    """`plan`, then `apply`; where spec.is_mixed the bits are chosen by measured sensitivity first."""
     images = _first_images(calibration, spec)
-    bits = mixed_precision(graph, spec, images) if spec.mean_bits else None
+    bits = mixed_precision(graph, spec, images) if spec.is_mixed else None
     return apply(graph, plan(graph, spec, bits), images)
 
 
@@ -128,13 +128,16 @@ def _edges(layers: list[GraphLayer], spec: Quantize) -> dict[str, int]:
 def mixed_precision(
     graph: onnx.ModelProto, spec: Quantize, images: Iterable[FloatArray]
 ) -> dict[str, int]:
-    """Bits of each layer that `plan` would quantize: least measured harm at spec.mean_bits."""
+    """Bits of each layer that `plan` would quantize: least measured harm within spec.mean_bits or
+    spec.code_bytes."""
     names = [d.layer for d in plan(graph, spec).layers if d.action != "keep"]
 
     def fit(layer: GraphLayer, weight: FloatArray, bits: int) -> FloatArray:
         return on_grid(weight, layer.axis, _grid(spec, as_matrix(weight, layer.axis), bits))
 
     measured = sensitivities(graph, names, MIXED_BITS, images, num_images=MIXED_IMAGES, fit=fit)
+    if spec.code_bytes:
+        return mixed_bits(measured, size_bytes=spec.code_bytes)
     return mixed_bits(measured, mean_bits=spec.mean_bits)
 
 
@@ -161,7 +164,9 @@ def apply(graph: onnx.ModelProto, plan: Plan, calibration: Iterable[FloatArray] 
     bits = {decision.layer: decision.bits for decision in plan.layers}
     state = _Inputs(graph, chosen, spec, images)
     weights = [state.coded(layer, bits[layer.name]) for layer in chosen]
-    if spec.bias_correction:
+    if spec.reestimate:
+        weights = [state.rescaled(each) for each in weights]
+    if spec.corrects:
         graph = state.corrected(weights)
     return Quantized(
         state.built(graph, weights),
@@ -204,7 +209,7 @@ class _Inputs:
                 for root, limits in self.ranges.items()
             }
         self.moments: dict[str, InputMoments] = {}
-        if spec.rounding in NEEDS_HESSIAN or spec.bias_correction:
+        if spec.rounding in NEEDS_HESSIAN or spec.corrects:
             self.moments = input_moments(graph, chosen, images, num_images=spec.num_calibration)
             self.num_images = self.num_images or sum(len(batch) for batch in images)
 
@@ -224,14 +229,24 @@ class _Inputs:
         indexes = ROUNDINGS[spec.rounding](matrix, grid, second, seed=0)
         return WeightCodes(layer, grid, indexes, weight.shape)
 
+    def rescaled(self, weight: WeightCodes) -> WeightCodes:
+        """The same codes with scales that give every output channel its former variance."""
+        gain = output_gain(*self._matrices(weight), self.moments[weight.layer.name])
+        scale = np.asarray(weight.grid.scale * gain[:, None], np.float32)
+        zero_point = np.broadcast_to(weight.grid.zero_point, scale.shape)
+        return dc.replace(weight, grid=dc.replace(weight.grid, scale=scale, zero_point=zero_point))
+
+    def _matrices(self, weight: WeightCodes) -> tuple[FloatArray, FloatArray]:
+        """The weight (O, K) before and after rounding."""
+        held = numpy_helper.to_array(self.values[weight.layer.weight])
+        return as_matrix(held, weight.layer.axis), weight.grid.decode(weight.indexes)
+
     def corrected(self, weights: Sequence[WeightCodes]) -> onnx.ModelProto:
         """The graph whose biases take back the mean error of the coded weights."""
         shifts = {}
         for each in weights:
-            layer = each.layer
-            matrix = as_matrix(numpy_helper.to_array(self.values[layer.weight]), layer.axis)
-            decoded = each.grid.decode(each.indexes)
-            shifts[layer.name] = bias_shift(matrix, decoded, self.moments[layer.name])
+            name = each.layer.name
+            shifts[name] = bias_shift(*self._matrices(each), self.moments[name])
         return shifted_biases(self.graph, [each.layer for each in weights], shifts)
 
     def built(self, graph: onnx.ModelProto, weights: Sequence[WeightCodes]) -> onnx.ModelProto:

@@ -19,10 +19,13 @@ class Recipe(Spec, kind="recipe"):
 class LayerPlan(Spec, kind="layer_plan"):
     """What happens to one layer.
 
-    action    keep, prune (weights become zero), remove (whole slices go), factorize, int8 (integer
+    action    keep, prune (weights become zero), remove (whole slices go), bypass (an identity
+              stands in the place of the whole module), factorize, int8 (integer
               kernels), dynamic or weight_only; `reason` says why a layer is kept.
     outputs   of remove: the indices of the output channels that stay, rising; empty: all. `inputs`
-              likewise. Both are given, so that a plan is applied without tracing the network.
+              likewise (of a grouped convolution those of one group, as in its weight). Both are
+              given, so that a plan is applied without tracing the network.
+    axis      of remove, where `layer` names a parameter or buffer itself: the axis of `outputs`.
     ranks     of factorize: one for a matrix, (outputs, inputs) for a convolution.
     """
 
@@ -33,12 +36,22 @@ class LayerPlan(Spec, kind="layer_plan"):
     reason: str = ""
     outputs: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
+    axis: int = 0
     ranks: tuple[int, ...] = ()
 
 
 @dc.dataclass(frozen=True)
 class Plan(Spec, kind="plan"):
-    """The answer to a request: one decision per layer, in the order of the model."""
+    """The answer to a request: one decision per layer, in the order of the model.
+
+    `earlier` holds the plans that were applied to the network before this one, in their order.
+    """
 
     request: Spec
     layers: tuple[LayerPlan, ...] = ()
+    earlier: tuple[Plan, ...] = ()
+
+    def after(self, plans: tuple[Plan, ...]) -> Plan:
+        """This plan, applied after `plans`."""
+        flat = tuple(each for plan in plans for each in (*plan.earlier, plan))
+        return dc.replace(self, earlier=tuple(dc.replace(each, earlier=()) for each in flat))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 
 from tersor.errors import SpecError
 from tersor.specs.spec import Spec, one_of, require
@@ -23,7 +24,11 @@ class Prune(Spec, kind="prune"):
                  removed: channel (filters, neurons and all that is coupled to them), filter (channels
                  of convolutions only), neuron (of linear layers only), block (residual branches).
     scope        "layer" removes that share of every layer, "global" ranks all layers together, "auto"
-                 chooses the share of each layer from its measured sensitivity.
+                 chooses the share of each layer from its measured sensitivity; for structures that
+                 are removed, with sparsity 0 and macs 0, the total too.
+    distance     above 0, for scope "auto": the most that the network's outputs may move away from the
+                 original's (KL divergence in nats, the mean over unlabelled inputs); the total sparsity
+                 is the largest found within it, in place of `sparsity`.
     macs         above 0, for structures that are removed: the share of the multiplications that may
                  stay, in place of `sparsity`.
     pattern      of n_m: "N:M" keeps N of every M weights along the inputs.
@@ -39,6 +44,7 @@ class Prune(Spec, kind="prune"):
     criterion: str = "l1"
     structure: str = "unstructured"
     scope: str = "layer"
+    distance: float = 0.0
     macs: float = 0.0
     pattern: str = "2:4"
     floor: float = 0.01
@@ -57,6 +63,10 @@ class Prune(Spec, kind="prune"):
             0 <= self.sparsity < 1,
             f"prune.sparsity is the share removed: at least 0 and below 1, got {self.sparsity!r}",
         )
+        require(
+            math.isfinite(self.distance) and self.distance >= 0,
+            f"prune.distance must be finite and 0 (none) or more, got {self.distance!r}",
+        )
         one_of("prune.structure", self.structure, STRUCTURES)
         one_of("prune.scope", self.scope, SCOPES)
         one_of("prune.schedule", self.schedule, SCHEDULES)
@@ -71,6 +81,10 @@ class Prune(Spec, kind="prune"):
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
+        require(
+            self.distance == 0 or self.scope == "auto",
+            f"prune.distance is for scope auto, got {self.distance} with scope {self.scope}",
+        )
         removed = self.structure in REMOVED
         require(
             removed or (self.macs == 0 and self.multiple_of == 1),

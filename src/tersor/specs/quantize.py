@@ -20,7 +20,8 @@ class Quantize(Spec, kind="quantize"):
                  qat: static, with weights and steps learned by training first (needs a network).
     bits         of a weight, 1 to 8; `activation_bits` of an activation, 2 to 8.
     mean_bits    above 0: mixed precision; bits of each layer are chosen by measured sensitivity so
-                 that a weight takes that many on average, at most.
+                 that a weight takes that many on average, at most. `code_bytes` above 0 is the same
+                 limit as the bytes of all codes.
     edge_bits    bits of the first and of the last layer, where `bits` is fewer; 0: no exception.
     code         uniform (evenly spaced), codebook (k-means), power_of_two, ternary, binary.
     symmetry     of weights, `activation_symmetry` of activations: symmetric or asymmetric.
@@ -29,12 +30,15 @@ class Quantize(Spec, kind="quantize"):
                  at 8 bits, mse at fewer.
     rounding     nearest; gptq and adaround use calibration inputs, no labels.
     equalize     cross-layer equalization before; `bias_correction` after. Both need no labels.
+    reestimate   batch-norm re-estimation where batch norms are folded: the variance of every output
+                 channel is brought back to that of the float layer too. No labels.
     """
 
     mode: str = "static"
     bits: int = 8
     activation_bits: int = 8
     mean_bits: float = 0.0
+    code_bytes: int = 0
     edge_bits: int = 8
     code: str = "uniform"
     symmetry: str = "symmetric"
@@ -46,6 +50,7 @@ class Quantize(Spec, kind="quantize"):
     rounding: str = "nearest"
     equalize: bool = False
     bias_correction: bool = False
+    reestimate: bool = False
     num_calibration: int = 512
     exclude: tuple[str, ...] = ()
 
@@ -65,10 +70,14 @@ class Quantize(Spec, kind="quantize"):
             self.mean_bits == 0 or 1 <= self.mean_bits <= 8,
             f"quantize.mean_bits must be 0 (the same bits everywhere) or 1 to 8, got {self.mean_bits}",
         )
+        require(
+            self.code_bytes >= 0,
+            f"quantize.code_bytes must be 0 (no limit) or more, got {self.code_bytes}",
+        )
         for name in ("group_size", "num_calibration"):
             value = getattr(self, name)
             require(value >= 1, f"quantize.{name} must be at least 1, got {value}")
-        for name in ("equalize", "bias_correction"):
+        for name in ("equalize", "bias_correction", "reestimate"):
             value = getattr(self, name)
             require(
                 isinstance(value, bool), f"quantize.{name} must be true or false, got {value!r}"
@@ -81,9 +90,19 @@ class Quantize(Spec, kind="quantize"):
         return (
             self.mode in ("static", "qat")
             or self.rounding != "nearest"
-            or self.bias_correction
-            or self.mean_bits > 0
+            or self.corrects
+            or self.is_mixed
         )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the moments of layers' outputs are brought back after rounding."""
+        return self.bias_correction or self.reestimate
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the bits of each layer are chosen by measured sensitivity."""
+        return self.mean_bits > 0 or self.code_bytes > 0
 
 
 def _refuse_contradictions(spec: Quantize) -> None:
@@ -129,8 +148,19 @@ def _refuse_contradictions(spec: Quantize) -> None:
         "not evenly spaced: use nearest or gptq",
     )
     require(
-        spec.mean_bits == 0 or spec.code == "uniform",
-        f"quantize.mean_bits chooses between bits of code uniform, got code {spec.code}",
+        not spec.is_mixed or spec.code == "uniform",
+        f"quantize.mean_bits and code_bytes choose between bits of code uniform, got code {spec.code}",
+    )
+    require(
+        spec.mean_bits == 0 or spec.code_bytes == 0,
+        "quantize.mean_bits and quantize.code_bytes are one limit said in two ways; give one, got "
+        f"{spec.mean_bits:g} and {spec.code_bytes}",
+    )
+    require(
+        not spec.reestimate or (spec.granularity != "per_tensor" and spec.mode != "qat"),
+        "quantize.reestimate changes the scale of each output channel, which per_tensor does not "
+        "have and qat has learned, got granularity "
+        f"{spec.granularity}, mode {spec.mode}: use bias_correction or granularity per_channel",
     )
     require(
         spec.mode in ("static", "qat") or spec.activation_bits == 8,

@@ -22,6 +22,7 @@ Counts = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 LEVELS = 256
 CANDIDATES = 128
+MOST_VALUES = 2**17  # of one batch that a histogram counts: a quarter of the work on ResNet-18
 
 
 class Observer(Protocol):
@@ -45,6 +46,17 @@ def _extent(values: Array) -> tuple[float, float]:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise DataError("the observed values hold NaN or infinity")
     return low, high
+
+
+def thinned(values: Array) -> Array:
+    """Evenly spaced ones of `values` (n,), about MOST_VALUES, or all where they are less than twice as
+    many.
+
+    The distance between them is odd, so that it does not fall in step with rows and maps, whose sizes
+    are powers of two.
+    """
+    step = values.size // MOST_VALUES
+    return values[:: step | 1] if step > 1 else values
 
 
 @OBSERVERS.register("minmax")
@@ -104,7 +116,8 @@ class Histogram:
 
     A streaming histogram of `num_bins` (even) bins. When a value falls outside, neighbouring bins
     are merged in pairs, which doubles the range and moves no count to a wrong place. Exact zeros
-    are counted apart: they have a code of their own and never a rounding error.
+    are counted apart: they have a code of their own and never a rounding error. Of a batch of more
+    than MOST_VALUES values the extremes are exact, and evenly spaced ones are counted.
     """
 
     def __init__(self, num_bins: int = 2048, *, levels: int = LEVELS) -> None:
@@ -117,7 +130,7 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Number of values seen."""
+        """Number of values counted."""
         return self.num_zeros + int(self.bins.sum())
 
     @property
@@ -132,7 +145,7 @@ class Histogram:
             return
         low, high = _extent(values)
         self.low, self.high = min(self.low, low), max(self.high, high)
-        flat = np.ascontiguousarray(values).reshape(-1)
+        flat = thinned(np.ascontiguousarray(values).reshape(-1))
         seen = flat[flat != 0]
         self.num_zeros += flat.size - seen.size
         if not seen.size:

@@ -1,0 +1,134 @@
+"""Writes docs/benchmarks.md from the measured rows under results/: no number there is typed by hand.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLOATS = "float32"
+
+
+def main():
+    parts = [
+        "# Side by side\n",
+        "Written by `python benchmarks/tables.py` from the rows under `results/`. "
+        "[benchmarks/README.md](../benchmarks/README.md) tells how to measure again.\n",
+        peers(rows_of("quantization.json")),
+        low_bits(rows_of("low_bits.json")),
+        mixed(rows_of("mixed_precision.json")),
+    ]
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
+
+
+def rows_of(name):
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def where(told):
+    told = told["environment"]
+    cpu = told.get("cpu") or told.get("processor") or ""
+    versions = ", ".join(f"{k} {v}" for k, v in sorted(told.get("versions", {}).items()))
+    return f"{cpu}; {versions}".strip("; ")
+
+
+def peers(told):
+    parts = ["## Static int8 against other tools\n"]
+    first = told["runs"][0]
+    parts.append(
+        f"{first['threads']} threads, interleaved, median milliseconds; {first['data']}; "
+        f"{first['calibration']} unlabelled calibration images for the trained networks, 64 of noise for others. "
+        f"{where(first)}. Ratio: Tersor's fastest engine that is right over the fastest other tool.\n"
+    )
+    for run in told["runs"]:
+        parts.append(f"### {run['what']}\n")
+        for model in dict.fromkeys(row["model"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["model"] == model]
+            batches = sorted(
+                {key for row in rows for key in row if key.startswith("batch_")},
+                key=lambda key: int(key[6:]),
+            )
+            header = ["form", *(f"batch {key[6:]}" for key in batches), "accuracy", "quantizing"]
+            lines = [
+                [
+                    row["form"],
+                    *(f"{row[key]['median_ms']:.2f}" if key in row else "–" for key in batches),
+                    f"{row['accuracy']:.2%}" if row.get("accuracy") else "–",
+                    f"{row['quantizing_s']:.1f} s" if row.get("quantizing_s") else "–",
+                ]
+                for row in rows
+            ]
+            ratios = [f"{ratio(rows, key):.2f}" for key in batches]
+            lines.append(["**ratio**", *(f"**{each}**" for each in ratios), "", ""])
+            parts += [f"**{model}**\n", table(header, lines)]
+    return "\n".join(parts)
+
+
+def ratio(rows, batch):
+    ours, others = (
+        min(
+            row[batch]["median_ms"]
+            for row in rows
+            if batch in row
+            and FLOATS not in row["form"]
+            and row["form"].startswith("Tersor") == own
+        )
+        for own in (True, False)
+    )
+    return ours / others
+
+
+def change(row):
+    row = {**row, **row.get("interval", {})}
+    return f"{row['difference_pt']:+.2f} ({row['low_pt']:+.2f} to {row['high_pt']:+.2f})"
+
+
+def low_bits(told):
+    rows = sorted(told["rows"], key=lambda row: -row["mean_bits"])
+    lines = [
+        [
+            row["form"],
+            f"{row['accuracy']:.2%}",
+            change(row),
+            f"{row['mean_bits']:.2f}",
+            f"{row['seconds']:g}" + ("" if row.get("quiet") else " (other work beside)"),
+        ]
+        for row in rows
+    ]
+    return (
+        "## Low bits without labels\n\n"
+        f"{rows[0]['model']} on {rows[0]['data']}, n = {rows[0]['num_samples']:,}, difference to the float network in "
+        "points with its paired 95 % interval; activations in 8 bits; 512 unlabelled calibration images.\n\n"
+        + table(["weights", "accuracy", "difference", "bits a weight", "seconds"], lines)
+    )
+
+
+def mixed(told):
+    lines = [
+        [
+            row["form"],
+            f"{row['mean_bits']:.2f}",
+            f"{row['code_bytes'] / 1e6:.2f}",
+            f"{row['accuracy']:.2%}",
+            change(row),
+        ]
+        for row in sorted(told["rows"], key=lambda row: row["mean_bits"])
+    ]
+    return (
+        "## Bits chosen by sensitivity against the same bits everywhere\n\n"
+        f"{told['model']} on {told['data']}, n = {told['rows'][0]['num_samples']:,}; measuring the sensitivity took "
+        f"{told['sensitivity_s']:.0f} s.\n\n![Accuracy against bits](mixed_precision.svg)\n\n"
+        + table(["form", "bits a weight", "codes, MB", "accuracy", "difference"], lines)
+    )
+
+
+if __name__ == "__main__":
+    main()

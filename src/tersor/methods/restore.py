@@ -1,0 +1,223 @@
+"""From a file back to a network that can be trained: the plans are applied to a fresh instance of the
+user's class, and the file's weights are put in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tersor.artifact import Artifact
+from tersor.engines.load import available_cpus
+from tersor.engines.onnxruntime import inference_session
+from tersor.errors import DataError, ModelError
+from tersor.graph.constants import codes_activations, constant_values
+from tersor.graph.fold import fold_copies_, unfold_copies_
+from tersor.graph.layers import WEIGHT_LAYERS
+from tersor.graph.surgery import removed
+from tersor.methods.factorize import restructured
+from tersor.methods.share import restructured as shared
+from tersor.specs import Plan, from_dict
+
+FloatArray = npt.NDArray[np.float32]
+TOLERANCE = 1e-3  # of the logits' size: rounding of float32 in another order
+# Of logits whose activations are codes with those of floats. Another network's are near zero.
+LEAST_CORRELATION = 0.9
+
+
+def restore(
+    artifact: Artifact, module: nn.Module, *, inputs: Iterable[FloatArray] | None = None
+) -> nn.Module:
+    """A copy of `module`, a fresh instance of the network's class, as the file holds it: smaller
+    where its plans removed or factorized, with its (decoded) weights.
+
+    Batch norms that the file has folded into the layers before them are set so that they change
+    nothing. To train on, give some unlabelled `inputs` (N, C, H, W) float32: their statistics go into
+    those batch norms, at the same function, so that training starts where the file stands.
+    The network computes what the file's graph does, with its activations in float: this is checked
+    on noise, exactly where the graph has no codes of activations. Raises ModelError, naming the
+    tensors, for a network of another class or one whose parameters the graph does not hold by their
+    names.
+    """
+    graph = artifact.to_onnx()
+    changed = copy.deepcopy(module)
+    for plan in plans_of(artifact):
+        changed = _restructured(changed, plan)
+    shape = [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim][1:]
+    # half as large as normalised images: calibrated codes would cut more of it off
+    noise = np.random.default_rng(0).normal(0, 0.5, (8, *shape)).astype(np.float32)
+    values = constant_values(graph)
+    folds, _ = (
+        fold_copies_(changed, torch.from_numpy(noise)) if _differs(changed, values) else ([], {})
+    )
+    norms = _folded_norms(changed, values, torch.from_numpy(noise))
+    _fill_(changed, values, norms)
+    if folds:
+        unfold_copies_(changed, folds, {})
+    changed.eval()
+    _require_same(changed, graph, noise)
+    if inputs is not None:
+        _measure_(changed, norms, inputs)
+    return changed
+
+
+def plans_of(artifact: Artifact) -> list[Plan]:
+    """The plans of a file in the order they were applied; none where it holds none."""
+    if not artifact.plan:
+        return []
+    plan = from_dict(artifact.plan)
+    if not isinstance(plan, Plan):
+        raise ModelError(f"the file's plan is of kind {plan.kind!r}; expected plan")
+    return [*plan.earlier, plan]
+
+
+def _restructured(module: nn.Module, plan: Plan) -> nn.Module:
+    if plan.request.kind in ("factorize", "share"):
+        return (restructured if plan.request.kind == "factorize" else shared)(module, plan)
+    changes = any(line.action in ("remove", "bypass") for line in plan.layers)
+    return removed(module, plan.layers) if changes else module
+
+
+def _differs(module: nn.Module, values: Mapping[str, Any]) -> bool:
+    parameters = dict(module.named_parameters())
+    return any(
+        name in parameters and parameters[name].numel() != held.size
+        for name, held in values.items()
+    )
+
+
+def _folded_norms(
+    module: nn.Module, values: Mapping[str, Any], example: torch.Tensor
+) -> dict[str, str]:
+    """Batch norms that the graph does not hold, each with the layer whose outputs it reads."""
+    made: list[tuple[torch.Tensor, str]] = []  # keeps the tensors, so that no identity comes twice
+    found: dict[str, str] = {}
+
+    def seen(name: str, layer: nn.Module) -> Any:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if isinstance(layer, _BatchNorm):
+                before = [n for tensor, n in made if tensor is inputs[0]]
+                found[name] = before[-1] if before else ""
+            else:
+                made.append((output, name))
+
+        return layer.register_forward_hook(hook)
+
+    absent = {
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, _BatchNorm) and f"{name}.running_mean" not in values
+    }
+    parts = dict(module.named_modules())
+    handles = [
+        seen(name, part)
+        for name, part in parts.items()
+        if name in absent or isinstance(part, WEIGHT_LAYERS)
+    ]
+    try:
+        with torch.no_grad():
+            module.eval()(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if lost := [name for name in absent if not found.get(name)]:
+        raise ModelError(
+            f"{type(module).__name__}: batch norm {lost[0]!r} is not in the file and follows no layer "
+            "that could hold it; the file belongs to another network"
+        )
+    return found
+
+
+def _fill_(module: nn.Module, values: Mapping[str, Any], norms: Mapping[str, str]) -> None:
+    """Put the graph's constants into the parameters of their names, folded biases into the norms."""
+    state = module.state_dict()
+    fresh: dict[str, torch.Tensor] = {}
+    for norm, layer in norms.items():
+        part = module.get_submodule(norm)
+        assert isinstance(part, _BatchNorm)
+        bias = values.get(f"{layer}.bias", np.zeros(part.num_features, np.float32))
+        own = {"weight": np.ones_like(bias), "bias": bias, "running_mean": np.zeros_like(bias)}
+        own["running_var"] = np.full_like(bias, 1 - part.eps)
+        fresh |= {f"{norm}.{key}": torch.from_numpy(np.array(value)) for key, value in own.items()}
+        if f"{layer}.bias" in state:
+            fresh[f"{layer}.bias"] = torch.zeros(part.num_features)
+    unlike = []
+    for name, tensor in state.items():
+        if name in fresh or name.endswith("num_batches_tracked"):
+            continue
+        value = values.get(name)
+        if value is None and name.endswith(".bias"):
+            value = np.zeros(tuple(tensor.shape), np.float32)  # the exporter leaves zeros out
+        if value is not None and value.shape == tuple(tensor.shape)[::-1] != tuple(tensor.shape):
+            value = value.T
+        if value is None or value.shape != tuple(tensor.shape):
+            held = "nothing" if value is None else f"shape {value.shape}"
+            unlike.append(f"{name}: the network has {tuple(tensor.shape)}, the file {held}")
+        else:
+            fresh[name] = torch.from_numpy(np.array(value, np.float32))
+    if unlike:
+        more = f" and {len(unlike) - 5} more" if len(unlike) > 5 else ""
+        raise ModelError(
+            f"{type(module).__name__} does not fit the file: {'; '.join(unlike[:5])}{more}. Give an "
+            "instance of the class and size that was compressed"
+        )
+    module.load_state_dict({**state, **fresh})
+
+
+def _require_same(module: nn.Module, graph: Any, noise: FloatArray) -> None:
+    session = inference_session(graph, available_cpus(), optimize=False)
+    (expected,) = session.run(None, {session.get_inputs()[0].name: noise})
+    with torch.no_grad():
+        found = module(torch.from_numpy(noise)).numpy()
+    if found.shape != expected.shape or not _alike(found, expected, codes_activations(graph)):
+        raise ModelError(
+            f"{type(module).__name__} with the file's weights does not compute what the file does; "
+            "give an instance of the class that was compressed"
+        )
+
+
+def _alike(found: FloatArray, expected: FloatArray, coded: bool) -> bool:
+    if coded:
+        return bool(np.corrcoef(found.ravel(), expected.ravel())[0, 1] >= LEAST_CORRELATION)
+    size = float(np.abs(expected).max())
+    return np.allclose(found, expected, TOLERANCE, TOLERANCE * size)
+
+
+def _measure_(module: nn.Module, norms: Mapping[str, str], inputs: Iterable[FloatArray]) -> None:
+    """Statistics of `inputs` into the batch norms `norms`, whose scale and shift undo them."""
+    rows: dict[str, list[torch.Tensor]] = {norm: [] for norm in norms}  # count, sum, squares
+
+    def watching(norm: str) -> Any:
+        def hook(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            seen = given[0].double().transpose(0, 1).flatten(1)
+            count = torch.full((len(seen),), seen.shape[1], dtype=torch.float64)
+            rows[norm].append(torch.stack([count, seen.sum(1), seen.square().sum(1)]))
+
+        return module.get_submodule(norm).register_forward_pre_hook(hook)
+
+    handles = [watching(norm) for norm in norms]
+    try:
+        with torch.no_grad():
+            for batch in inputs:
+                module(torch.from_numpy(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, held in rows.items():
+        if not held:
+            raise DataError("inputs to measure batch-norm statistics on were asked for; none came")
+        part = module.get_submodule(norm)
+        assert isinstance(part, _BatchNorm)
+        count, total, squares = torch.stack(held).sum(0)
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        own = {"weight": (variance + part.eps).sqrt(), "bias": part.bias + mean}
+        with torch.no_grad():
+            for key, value in {**own, "running_mean": mean, "running_var": variance}.items():
+                getattr(part, key).copy_(value)

@@ -1,0 +1,154 @@
+"""Several steps in one go: remove, factorize, share, prune, train, quantize, in the order of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from tersor.data.arrays import Splits
+from tersor.errors import SpecError
+from tersor.methods import share as sharing
+from tersor.methods.finetune import Progress, finetune
+from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.pipeline import (
+    Compressed,
+    calibration_batches,
+    deployment_graph,
+    factorize_model,
+    prune_model,
+    quantize_network,
+)
+from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe, Share, Spec, from_dict
+from tersor.specs.prune import MASKED
+
+STEPS = (Prune, Factorize, Share, Finetune, Quantize)
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Made:
+    """What a recipe made: the deployment graph, the network behind it (before it was quantized), and
+    the plan of its last step, which holds those before; None for a recipe that trains alone."""
+
+    graph: onnx.ModelProto
+    module: nn.Module
+    plan: Plan | None
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe in a JSON file. Raises SpecError for a file that holds anything else."""
+    place = pathlib.Path(path)
+    try:
+        data = json.loads(place.read_text())
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{place} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise SpecError(f'{place} must hold one object with "kind": "recipe" and "steps"')
+    recipe = from_dict({"kind": "recipe", **data})
+    if not isinstance(recipe, Recipe):
+        raise SpecError(f"{place} holds a {recipe.kind}; expected a recipe")
+    return recipe
+
+
+def run_recipe(
+    module: nn.Module,
+    splits: Splits,
+    recipe: Recipe,
+    *,
+    checkpoints: pathlib.Path | None = None,
+    on_progress: Callable[[str, Progress], None] | None = None,
+) -> Made:
+    """Apply the steps of `recipe` to a copy of `module`, in their order.
+
+    Batch norm is re-estimated from calibration inputs after each step that changes weights; weights
+    that were set to zero stay zero in later trainings; a training that distils learns from `module`
+    as it was given. With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError
+    for an order that cannot be, before any work.
+    """
+    _check_order(recipe.steps)
+    plans: list[Plan] = []
+    current: nn.Module = module
+    masks: dict[str, torch.Tensor] = {}
+    for number, step in enumerate(recipe.steps):
+        named = f"step {number + 1}, {step.kind}"
+
+        def told(progress: Progress, named: str = named) -> None:
+            if on_progress:
+                on_progress(named, progress)
+
+        place = None if checkpoints is None else checkpoints / f"step_{number + 1}.checkpoint"
+        if isinstance(step, Quantize):
+            quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
+            return Made(quantized.graph, current, quantized.plan.after(tuple(plans)))
+        if isinstance(step, Finetune):
+            teacher = module if step.distill > 0 or step.hints > 0 else None
+            current = finetune(
+                current,
+                splits,
+                step,
+                masks=masks or None,
+                teacher=teacher,
+                checkpoint=place,
+                on_progress=told,
+            ).module
+            continue
+        changed = _changed(current, splits, step, recipe.seed)
+        current = changed.module
+        plans.append(changed.plan)
+        masks |= _zeros(current, changed.plan)
+    graph = deployment_graph(current, splits.input_shape)
+    return Made(graph, current, plans[-1].after(tuple(plans[:-1])) if plans else None)
+
+
+def _changed(module: nn.Module, splits: Splits, step: Spec, seed: int) -> Compressed:
+    if isinstance(step, Prune):
+        return prune_model(module, splits, step, seed=seed)
+    if isinstance(step, Factorize):
+        return factorize_model(module, splits, step)
+    assert isinstance(step, Share), "the order was checked"
+    found = sharing.share(module, step, seed=seed)
+    inputs = calibration_batches(splits, len(splits.calibration))
+    return Compressed(found.module, reestimate_batch_norm(found.module, inputs), None, found.plan)
+
+
+def _zeros(module: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """Masks (True = keep) of the weights that a plan pruned."""
+    names = [f"{line.layer}.weight" for line in plan.layers if line.action == "prune"]
+    return {name: module.get_parameter(name).detach() != 0 for name in names}
+
+
+def _check_order(steps: Sequence[Any]) -> None:
+    if not steps:
+        raise SpecError("the recipe holds no steps; give one at least")
+    zeros = ""
+    for number, step in enumerate(steps, 1):
+        if not isinstance(step, STEPS):
+            kinds = ", ".join(kind.kind for kind in STEPS)
+            raise SpecError(f"step {number} is a {step.kind}; a recipe's steps are {kinds}")
+        if isinstance(step, Quantize) and number < len(steps):
+            raise SpecError(
+                f"step {number} quantizes, and step {number + 1} ({steps[number].kind}) follows: "
+                "quantize last"
+            )
+        moves = isinstance(step, Factorize | Share) or (
+            isinstance(step, Prune) and step.structure not in MASKED
+        )
+        if zeros and moves:
+            raise SpecError(
+                f"step {number} ({step.kind}) makes other weights of those that {zeros} set to zero: "
+                "put it before"
+            )
+        if zeros and isinstance(step, Quantize) and step.mode == "qat":
+            raise SpecError(
+                f"step {number}: mode qat trains all weights, also those that {zeros} set to zero; "
+                "use mode static, or prune a structure that is removed"
+            )
+        if isinstance(step, Prune) and step.structure in MASKED:
+            zeros = f"step {number}"

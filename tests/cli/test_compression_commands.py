@@ -1,0 +1,100 @@
+"""What prune and factorize write is smaller, runs on the engine, and is told layer by layer."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+
+from tersor.artifact import load
+from tersor.cli import main
+from tersor.engines import open_session
+
+
+def called(*arguments):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        code = main([str(each) for each in arguments])
+    return code, json.loads(said.getvalue() or "null")
+
+
+@pytest.fixture(scope="module")
+def float_size(tmp_path_factory):
+    path = tmp_path_factory.mktemp("float") / "net.tersor"
+    code, told = called(
+        "export", "digits_net", "--to", "tersor", "--out", path, "--json",
+        "--input-shape", 1, 8, 8,
+    )  # fmt: skip
+    assert code == 0
+    return told["size_bytes"]
+
+
+@pytest.mark.parametrize("structure", ["channel", "filter", "neuron"])
+def test_removed_parts_are_gone_from_file_and_network(tmp_path, float_size, structure):
+    out, weights = tmp_path / "net.tersor", tmp_path / "net.safetensors"
+    code, told = called(
+        "prune", "digits_net", "--data", "digits", "--out", out, "--structure", structure,
+        "--sparsity", 0.5, "--save-weights", weights, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert told["parameters"] < told["parameters_before"]
+    assert told["size_bytes"] == out.stat().st_size < float_size
+    touched = [line for line in told["layers"] if line["action"] == "remove"]
+    assert touched and all(line["outputs"] or line["inputs"] for line in touched)
+    logits = open_session(load(out), threads=1).run(np.zeros((2, 1, 8, 8), np.float32))
+    assert logits.shape == (2, 10) and np.isfinite(logits).all()
+
+
+def test_a_share_of_the_multiplications_and_a_training(tmp_path):
+    code, told = called(
+        "prune", "digits_net", "--data", "digits", "--out", tmp_path / "net.tersor",
+        "--structure", "channel", "--macs", 0.3, "--finetune-epochs", 0.2, "--distill", 1,
+        "--no-reestimate", "--json",
+    )  # fmt: skip
+    assert code == 0 and told["parameters"] < told["parameters_before"] / 2
+
+
+def test_an_impossible_share_ends_with_its_own_exit_code(tmp_path):
+    code, _ = called(
+        "prune", "digits_net", "--data", "digits", "--out", tmp_path / "net.tersor",
+        "--structure", "channel", "--macs", 0.0001, "--json",
+    )  # fmt: skip
+    assert code == 3 and not (tmp_path / "net.tersor").exists()
+
+
+def test_low_rank_is_told_with_its_ranks(tmp_path, float_size):
+    out = tmp_path / "net.tersor"
+    code, told = called(
+        "factorize", "digits_net", "--data", "digits", "--out", out, "--size", 0.5, "--json"
+    )
+    assert code == 0
+    ranks = [line["ranks"] for line in told["layers"] if line["action"] == "factorize"]
+    assert ranks and all(ranks)
+    assert told["parameters"] < 0.55 * told["parameters_before"]
+    assert out.stat().st_size < 0.6 * float_size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--criterion", "wanda"),
+        ("--criterion", "obc", "--reconstruct", "--scope", "global"),
+        ("--structure", "n_m", "--pattern", "1:4"),
+        ("--structure", "stripe", "--scope", "auto"),
+        ("--schedule", "gradual", "--rounds", "2", "--finetune-epochs", "0.2"),
+        ("--structure", "channel", "--scope", "auto", "--macs", "0.4"),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_every_way_of_pruning_is_one_command(tmp_path, options):
+    out = tmp_path / "net.tersor"
+    sparsity = () if "--macs" in options or "n_m" in options else ("--sparsity", 0.6)
+    code, told = called(
+        "prune", "digits_net", "--data", "digits", "--out", out, *options, *sparsity, "--json"
+    )
+    assert code == 0
+    touched = [line for line in told["layers"] if line["action"] in ("prune", "remove")]
+    assert touched
+    logits = open_session(load(out), threads=1).run(np.zeros((2, 1, 8, 8), np.float32))
+    assert np.isfinite(logits).all()

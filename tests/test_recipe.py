@@ -1,0 +1,140 @@
+"""A recipe does its steps in order; the file goes back into the user's class with all of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor.artifact import pack
+from tersor.cli import main
+from tersor.errors import SpecError
+from tersor.methods.restore import plans_of, restore
+from tersor.recipe import read_recipe, run_recipe
+from tersor.specs import Factorize, Finetune, Prune, Quantize, Recipe, Share
+
+TRAIN = Finetune(epochs=1, batch_size=64, augment="crop", compile="off", distill=1.0)
+EVERYTHING = Recipe(
+    (
+        Prune(structure="channel", sparsity=0.3),
+        Factorize(method="svd", size=0.7, exclude=("features.0",)),
+        TRAIN,
+        Prune(sparsity=0.5, scope="global"),
+        TRAIN,
+        Quantize(bits=6, num_calibration=64),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return tersor.load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def net(splits):
+    recipe = Finetune(epochs=12, batch_size=64, augment="crop", compile="off")
+    return tersor.finetune(tersor.load_model("digits_net"), splits, recipe).module
+
+
+@pytest.fixture(scope="module")
+def made(net, splits):
+    return run_recipe(net, splits, EVERYTHING)
+
+
+def test_everything_combines_and_keeps_the_accuracy(net, splits, made):
+    score, original = (
+        tersor.evaluate(tersor.open_session(graph, threads=1), splits)
+        for graph in (made.graph, tersor.export_onnx(net, splits.input_shape))
+    )
+    assert score.accuracy > original.accuracy - 0.05
+    count = [sum(p.numel() for p in m.parameters()) for m in (made.module, net)]
+    assert count[0] < 0.5 * count[1]
+    weights = [p for n, p in made.module.named_parameters() if p.ndim > 1]
+    zeros = sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights)
+    assert zeros == pytest.approx(0.5, abs=0.01)  # training kept them
+
+
+def test_the_file_goes_back_with_all_its_steps_and_trains_on(splits, made):
+    held = pack(made.graph, plan=made.plan.to_dict())
+    assert [p.request.kind for p in plans_of(held)] == ["prune", "factorize", "prune", "quantize"]
+    calibration = list(splits.batches(splits.calibration, 64))
+    again = restore(held, tersor.load_model("digits_net"), inputs=calibration)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in made.module.state_dict().items()
+    }
+    agreement = [
+        tersor.open_session(m, engine="torch", threads=1).run(calibration[0]).argmax(1)
+        for m in (again, made.module)
+    ]
+    assert (agreement[0] == agreement[1]).mean() > 0.9
+    trained = tersor.finetune(again, splits, TRAIN, teacher=made.module).module
+    assert tersor.evaluate(tersor.open_session(trained, engine="torch"), splits).accuracy > 0.9
+
+
+def test_shared_filters_and_training_alone(net, splits):
+    found = run_recipe(net, splits, Recipe((Share(), TRAIN)))
+    assert found.plan.request == Share() and found.plan.earlier == ()
+    assert run_recipe(net, splits, Recipe((TRAIN,))).plan is None
+
+
+def test_the_given_network_is_left_alone(net, splits):
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    run_recipe(net, splits, Recipe((Prune(sparsity=0.9), Quantize(num_calibration=64))))
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ((), "no steps"),
+        ((Quantize(), TRAIN), "quantize last"),
+        ((Prune(), Prune(structure="channel")), "put it before"),
+        ((Prune(), Factorize()), "put it before"),
+        ((Prune(), Share()), "put it before"),
+        ((Prune(), Quantize(mode="qat")), "mode qat trains all weights"),
+        ((Recipe((TRAIN,)),), "step 1 is a recipe"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused_before_any_work(splits, steps, words):
+    with pytest.raises(SpecError, match=words):
+        run_recipe(nn.Identity(), splits, Recipe(steps))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "one object"),
+        ('{"steps": [{"kind": "prun"}]}', "did you mean 'prune'"),
+        ('{"steps": [{"kind": "prune", "sparsty": 1}]}', "did you mean 'sparsity'"),
+        ('{"kind": "prune"}', "expected a recipe"),
+        ('{"seed": 1}', "'steps' is missing"),
+    ],
+)
+def test_a_recipe_file_that_means_nothing_is_refused(tmp_path, text, words):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(SpecError, match=f"(?i){words}"):
+        read_recipe(tmp_path / "recipe.json")
+
+
+def test_the_command_tells_every_step_and_leaves_only_the_file(tmp_path, capsys):
+    steps = [step.to_dict() for step in EVERYTHING.steps if step.kind != "factorize"]
+    (tmp_path / "recipe.json").write_text(json.dumps({"steps": steps}))
+    out = tmp_path / "net.tersor"
+    code = main(
+        ["compress", "digits_net", "--data", "digits", "--recipe", str(tmp_path / "recipe.json"),
+         "--out", str(out), "--json"]
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert code == 0 and told["size_bytes"] == out.stat().st_size
+    for kind in ("coverage: prune", "coverage: quantize"):
+        assert kind in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.tersor", "recipe.json"]
+    logits = tersor.open_session(tersor.load(out), threads=1).run(
+        np.zeros((1, 1, 8, 8), np.float32)
+    )
+    assert np.isfinite(logits).all()
