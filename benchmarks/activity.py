@@ -13,6 +13,7 @@ of each gradient (5 seeds). Parts and rows already in --out are kept.
 from __future__ import annotations
 
 import argparse
+import dataclasses as dc
 import json
 import pathlib
 import time
@@ -48,7 +49,9 @@ def main():
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--methods", nargs="*", default=["top_k", "threshold"])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--recoveries", nargs="*", default=["none", "bn"])
+    parser.add_argument("--num-test", type=int, help="test images of `accuracy` (default: all)")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     splits = tersor.load_data(options.data, num_calibration=512)
@@ -67,7 +70,11 @@ def main():
         keep("times", times(module, splits))
     if "accuracy" in options.parts:
         rows = told.get("accuracy", [])
-        for row in accuracies(module, splits, options.methods, rows):
+        part = splits
+        if options.num_test:
+            some = splits.test.take(np.arange(options.num_test))
+            part = dc.replace(splits, test=some)
+        for row in accuracies(module, part, options.methods, options.recoveries, rows):
             keep("accuracy", [*told.get("accuracy", []), row])
     if "finetune" in options.parts and "finetune" not in told:
         keep("finetune", finetuned(module, splits, options.steps))
@@ -157,7 +164,7 @@ def row_of(score, original, precision, **keys):
     return row
 
 
-def accuracies(module, splits, methods, done):
+def accuracies(module, splits, methods, recoveries, done):
     calibration = splits.normalise(splits.calibration.images)
     images = calibration[:NUM_CALIBRATION]
     known = {(row["method"], row["sparsity"], row["recovery"]) for row in done}
@@ -167,7 +174,7 @@ def accuracies(module, splits, methods, done):
             held = {"images": images} if method == "threshold" else {}
             pruned = prune_activations(module, sparsity, method=method, **held)
             lost = 1.0
-            for recovery in ("none", "bn"):
+            for recovery in recoveries:
                 if (method, sparsity, recovery) in known or lost < RECOVER_FROM:
                     continue
                 if recovery == "bn":

@@ -232,7 +232,7 @@ def _recovered(
             splits,
             recovery,
             masks=masks,
-            teacher=original if recovery.distill > 0 else None,
+            teacher=original if recovery.needs_teacher else None,
             checkpoint=checkpoint,
             on_progress=on_progress,
         )

@@ -31,9 +31,9 @@ def distill(
     resumes from `checkpoint`, and the teacher is untouched. Raises SpecError for a spec that uses
     no teacher, ModelError where the two give outputs of different shapes, and what `finetune` does.
     """
-    if spec.distill == 0:
+    if not spec.needs_teacher:
         raise SpecError(
-            "distill 0 learns from labels alone and no teacher; give a share above 0, or train"
+            "distill 0 learns from labels alone and no teacher; give a share above 0, hints, or train"
         )
     shapes = [_output_shape(module, splits) for module in (teacher, student)]
     if shapes[0] != shapes[1]:
