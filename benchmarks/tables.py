@@ -20,6 +20,8 @@ def main():
         peers(rows_of("quantization.json")),
         low_bits(rows_of("low_bits.json")),
         mixed(rows_of("mixed_precision.json")),
+        low_rank(rows_of("low_rank.json")),
+        coverage(rows_of("coverage_torchvision.json")),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
 
@@ -127,6 +129,53 @@ def mixed(told):
         f"{told['model']} on {told['data']}, n = {told['rows'][0]['num_samples']:,}; measuring the sensitivity took "
         f"{told['sensitivity_s']:.0f} s.\n\n![Accuracy against bits](mixed_precision.svg)\n\n"
         + table(["form", "bits a weight", "codes, MB", "accuracy", "difference"], lines)
+    )
+
+
+def low_rank(told):
+    lines = [
+        [
+            row["model"],
+            row["form"],
+            f"{1 - row['size_share']:.1%}",
+            f"{row['macs_share']:.1%}",
+            f"{row['accuracy']:.2%}",
+            change(row),
+        ]
+        for row in told["rows"]
+    ]
+    first = told["rows"][0]
+    return (
+        "## Low rank and shared filters without training or labels\n\n"
+        f"{first['data']}, n = {first['num_samples']:,}, {first['num_calibration']:,} unlabelled images, batch norm "
+        "re-estimated.\n\n"
+        + table(["network", "form", "weights gone", "MACs left", "accuracy", "difference"], lines)
+    )
+
+
+def coverage(told):
+    rows = told["rows"]
+    worst = max(row["relative_error"] for row in rows)
+    passed = sum(row["passed"] for row in rows)
+    lines = [
+        [
+            row["model"],
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['parameters_removed']:.1%}",
+            f"{row['macs_removed']:.1%}",
+            f"{row['relative_error']:.0e}",
+            "; ".join(row.get("frozen", {})),
+        ]
+        for row in rows
+    ]
+    return (
+        "## Half of the channels of torchvision's classifiers\n\n"
+        f"Random weights. Pruned equals masked in {rows[0]['dtype']} for {passed} of {len(rows)} networks, to a relative "
+        f"error of {worst:.1e} at most; none is known by name.\n\n"
+        + table(
+            ["network", "parameters", "removed", "MACs removed", "error", "what stays, and why"],
+            lines,
+        )
     )
 
 
