@@ -170,8 +170,8 @@ def coverage(told):
     ]
     return (
         "## Half of the channels of torchvision's classifiers\n\n"
-        f"Random weights. Pruned equals masked in {rows[0]['dtype']} for {passed} of {len(rows)} networks, to a relative "
-        f"error of {worst:.1e} at most; none is known by name.\n\n"
+        f"Random weights. Pruned equals masked in {rows[0]['dtype']} for {passed} of {len(rows)} networks, to a "
+        f"relative error of {worst:.1e} at most; none is known by name.\n\n"
         + table(
             ["network", "parameters", "removed", "MACs removed", "error", "what stays, and why"],
             lines,
