@@ -20,6 +20,7 @@ def main():
         peers(rows_of("quantization.json")),
         low_bits(rows_of("low_bits.json")),
         mixed(rows_of("mixed_precision.json")),
+        one_shot(rows_of("pruning_one_shot.json")),
         low_rank(rows_of("low_rank.json")),
         coverage(rows_of("coverage_torchvision.json")),
     ]
@@ -129,6 +130,27 @@ def mixed(told):
         f"{told['model']} on {told['data']}, n = {told['rows'][0]['num_samples']:,}; measuring the sensitivity took "
         f"{told['sensitivity_s']:.0f} s.\n\n![Accuracy against bits](mixed_precision.svg)\n\n"
         + table(["form", "bits a weight", "codes, MB", "accuracy", "difference"], lines)
+    )
+
+
+def one_shot(told):
+    lines = [
+        [
+            row["model"],
+            row["form"],
+            f"{row['sparsity']:.1%}",
+            f"{row['accuracy']:.2%}",
+            change(row),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in told["rows"]
+    ]
+    first = told["rows"][0]
+    return (
+        "## Weights pruned without training or labels\n\n"
+        f"{first['data']}, n = {first['num_samples']:,}, {first['num_images']:,} unlabelled images, batch norm re-estimated. "
+        "A form is criterion/scope; fit: what stays is fitted to the original's outputs.\n\n"
+        + table(["network", "form", "zeros", "accuracy", "difference", "seconds"], lines)
     )
 
 
