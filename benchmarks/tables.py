@@ -148,8 +148,8 @@ def one_shot(told):
     first = told["rows"][0]
     return (
         "## Weights pruned without training or labels\n\n"
-        f"{first['data']}, n = {first['num_samples']:,}, {first['num_images']:,} unlabelled images, batch norm re-estimated. "
-        "A form is criterion/scope; fit: what stays is fitted to the original's outputs.\n\n"
+        f"{first['data']}, n = {first['num_samples']:,}, {first['num_images']:,} unlabelled images, batch norm "
+        "re-estimated. A form is criterion/scope; fit: what stays is fitted to the original's outputs.\n\n"
         + table(["network", "form", "zeros", "accuracy", "difference", "seconds"], lines)
     )
 
