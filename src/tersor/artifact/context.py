@@ -32,16 +32,16 @@ MAX_MAGNITUDE = 255
 LIMIT = 8192  # symbols of one context before old ones are halved
 PREDICTION_PARTS = 1024  # of one step of the codes
 # Classes of what is expected, half an octave each, and the class of an expected mean of 1.
-_HALF = OCTAVE // 2
+_HALF, _HALF_BITS = OCTAVE // 2, 5
 FLAG_SCALES, SPARSE_ONE, DENSE_ONE = 32, 24, 8
 SIZE_SCALES, SIZE_ONE = 24, 8
 # Percent of the mean size from which neighbours, or a prediction, count for one level more.
 ENERGY_STEPS = (1, 50, 90, 140, 220)
 PREDICTION_STEPS = (1, 4, 10, 20, 35, 55, 80, 120, 180)
 # What a level of the prediction means for "is it 0", and for the size where the sign is as predicted
-# (second row) or is not.
+# (the first ten) or is not.
 _FLAG_LEVEL = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3, 3], np.int64)
-_SIZE_LEVEL = np.array([[3, 3, 3, 2, 2, 1, 1, 0, 0, 0], [3, 3, 3, 4, 4, 5, 6, 6, 7, 8]], np.int64)
+_SIZE_LEVEL = np.array([3, 3, 3, 4, 4, 5, 6, 6, 7, 8, 3, 3, 3, 2, 2, 1, 1, 0, 0, 0], np.int64)
 _EXACT = 8  # magnitudes 1 to 8 are symbols of their own; then four symbols an octave
 
 
@@ -140,18 +140,20 @@ class _Walk:
             told = None if known is None else known.any(axis=1)
             self.live = coder.symbols(self.stripes, index, told).astype(np.int64)
             self.stripes.update(index, self.live)
-        row_term, channel_term = self.active.terms(position)
         predicted = self.predict(position)
-        level = np.minimum(np.abs(predicted).astype(np.int32) >> 3, len(self.prediction_level) - 1)
-        level = self.prediction_level[level]
-        scale = row_term[:, None] + (channel_term + self.flag_offset)[None]
-        index = np.minimum(np.maximum(scale.ravel() // _HALF, 0), FLAG_SCALES - 1)
-        index += FLAG_SCALES * (4 * self.energy_level[self.energy(position)] + _FLAG_LEVEL[level])
+        level = np.abs(predicted).astype(np.int64) >> 3
+        level = self.prediction_level.take(np.minimum(level, len(self.prediction_level) - 1))
+        row_term, channel_term = self.active.terms(position)
+        index = _scales(row_term + self.flag_offset, channel_term, FLAG_SCALES)
+        index += (4 * FLAG_SCALES * self.energy_level).take(self.energy(position))
+        index += (FLAG_SCALES * _FLAG_LEVEL).take(level)
         flat = None if known is None else known.ravel()
         lanes = self.flagged(coder, position, index, None if flat is None else flat != 0)
         values = np.zeros(index.size, np.int32)
         part = None if flat is None else flat[lanes]
-        values[lanes] = self.nonzero(coder, position, lanes, predicted[lanes], level[lanes], part)
+        values[lanes] = self.nonzero(
+            coder, position, lanes, predicted.take(lanes), level.take(lanes), part
+        )
         self.take(position, values.reshape(shape))
         return values.reshape(shape)
 
@@ -176,18 +178,16 @@ class _Walk:
         signs = coder.symbols(self.signs, level, None if known is None else (known < 0) ^ below)
         self.signs.update(level, signs)
         row_term, channel_term = self.extent.terms(position)
-        row_term = row_term + (_HALF * SIZE_ONE - ONE * OCTAVE + _HALF // 2)
-        row, channel = np.divmod(lanes, self.grid.channels)
-        scale = (row_term[row] + channel_term[channel]) // _HALF
-        scale = np.minimum(np.maximum(scale, 0), SIZE_SCALES - 1)
-        index = SIZE_SCALES * _SIZE_LEVEL[1 - signs, level] + scale
+        offset = _HALF * SIZE_ONE - ONE * OCTAVE + _HALF // 2
+        index = _scales(row_term + offset, channel_term, SIZE_SCALES).take(lanes)
+        index += (SIZE_SCALES * _SIZE_LEVEL).take(len(_SIZE_LEVEL) // 2 * signs + level)
         wanted = (None, None) if known is None else size_symbols(np.abs(known))
         sizes = coder.symbols(self.sizes, index, wanted[0])
         self.sizes.update(index, sizes)
-        magnitudes = _FIRST[sizes]
-        wide = np.flatnonzero(_WIDTH[sizes] > 1)
+        magnitudes, widths = _FIRST.take(sizes), _WIDTH.take(sizes)
+        wide = np.flatnonzero(widths > 1)
         rest = None if wanted[1] is None else wanted[1][wide]
-        magnitudes[wide] += coder.uniform(_WIDTH[sizes[wide]], rest)
+        magnitudes[wide] += coder.uniform(widths[wide], rest)
         return np.where((signs == 1) ^ below, -magnitudes, magnitudes)
 
     def predict(self, position: int) -> npt.NDArray[np.float32]:
@@ -249,11 +249,20 @@ def size_symbols(magnitudes: Array) -> tuple[Array, Array]:
     return symbols, magnitudes - _FIRST[symbols]
 
 
+def _scales(row_term: Ints, channel_term: Ints, number: int) -> Ints:
+    """(rows * channels,): the classes, half an octave each and `number` in all, of the sums of two
+    terms."""
+    found = (row_term[:, None] + channel_term[None]).ravel()
+    found >>= _HALF_BITS
+    np.maximum(found, 0, out=found)
+    return np.minimum(found, number - 1, out=found)
+
+
 def _levels(steps: tuple[int, ...], mean: int, parts: int, size: int) -> Ints:
     """For the whole numbers from 0 to `size` - 1, in 1/parts: how many of `steps` (percent of `mean`)
     they reach."""
     bounds = [-(-step * mean * parts // (100 << ONE)) for step in steps]
-    return np.searchsorted(np.array(bounds), np.arange(size), side="right").astype(np.int64)
+    return np.searchsorted(np.array(bounds), np.arange(size), side="right")
 
 
 def _half_octaves(steps: int) -> int:

@@ -153,7 +153,7 @@ class Reader:
         if not len(index):
             return np.zeros(0, np.int32)
         self._held += len(index)
-        return self._decode(_FAMILY, table.frequencies[index])
+        return self._decode(_FAMILY, table.frequencies.take(index, axis=0))
 
     def run(self, table: Counts, count: int, known: Any) -> Symbols:
         """See Coder."""
