@@ -117,11 +117,13 @@ def pack(
     made = _encode({**tensors, **{f"state/{n}": a for n, a in beside.items()}}, quick)
     encodings = {key: encoding for key, (_, encoding, _) in made.items()}
     places = {name: place for place, name in enumerate(arrays)}
-    for name, section in derived.find(tensors, places, {n: len(m[2]) for n, m in made.items()}).items():
+    for name, section in derived.find(
+        tensors, places, {n: len(m[2]) for n, m in made.items()}
+    ).items():
         made[name] = (tensors[name], derived.NAME, section)
         encodings[name] = derived.NAME
     sizes = {key: len(section) for key, (_, _, section) in made.items()}
-    return Artifact(bare, tensors, encodings, *notes, beside, sizes, made)
+    return Artifact(bare, tensors, encodings, notes[0], notes[1], beside, sizes, made)
 
 
 def _encode(arrays: dict[str, Array], quick: bool) -> dict[str, tuple[Array, str, bytes]]:

@@ -150,6 +150,7 @@ def check_shape(shape: Any, itemsize: int, where: str) -> None:
 
 
 def check_known(value: Any, known: Any, what: str) -> None:
+    """Raise ArtifactError unless `value` is one of the names `known`."""
     if not isinstance(value, str) or value not in known:
         hint = did_you_mean(value[:80], known) if isinstance(value, str) else ""
         raise ArtifactError(
@@ -159,6 +160,7 @@ def check_known(value: Any, known: Any, what: str) -> None:
 
 
 def check_keys(content: Any, kind: type, where: str) -> None:
+    """Raise ArtifactError unless `content` is an object with exactly the fields of `kind`."""
     names = {field.name for field in dc.fields(kind)}
     if not isinstance(content, dict):
         raise ArtifactError(f"{where} is not a JSON object")
@@ -169,11 +171,13 @@ def check_keys(content: Any, kind: type, where: str) -> None:
 
 
 def check_count(value: Any, most: int, where: str) -> None:
+    """Raise ArtifactError unless `value` is a whole number from 0 to `most`."""
     if type(value) is not int or not 0 <= value <= most:
         raise ArtifactError(f"{where} must be an integer from 0 to {most}, got {shown(value)}")
 
 
 def check_digest(value: Any, where: str) -> None:
+    """Raise ArtifactError unless `value` could be a `digest_of`."""
     if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32}", value):
         raise ArtifactError(
             f"{where}: the digest must be 32 hexadecimal digits, got {shown(value)}"

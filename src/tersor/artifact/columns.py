@@ -91,7 +91,10 @@ def _texts(values: Iterable[bytes]) -> bytes:
 
 
 def _shared(one: bytes, other: bytes) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
 
 
 class _Columns:
@@ -249,7 +252,11 @@ def _read_names(shared: list[int], suffixes: list[bytes], size: int) -> list[byt
 
 
 def _read_nodes(
-    columns: list[list[int]], forms: list[bytes], names: list[bytes], own: Iterator[bytes], room: _Room
+    columns: list[list[int]],
+    forms: list[bytes],
+    names: list[bytes],
+    own: Iterator[bytes],
+    room: _Room,
 ) -> Iterator[bytes]:
     places, known = iter(columns[3]), 0
     for form, num_inputs, num_outputs, kind in zip(*columns[:3], columns[4], strict=True):

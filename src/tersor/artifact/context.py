@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tersor.artifact.activity import OCTAVE, ONE, Ints, Sums
 from tersor.artifact.encoding import Array
 from tersor.artifact.entropy import UNIT, Coder, Counts
-from tersor.artifact.grid import NEIGHBOURS, Grid
+from tersor.artifact.grid import Grid
 
 MAX_MAGNITUDE = 255
 LIMIT = 8192  # symbols of one context before old ones are halved
@@ -157,7 +157,7 @@ class _Walk:
         self.take(position, values.reshape(shape))
         return values.reshape(shape)
 
-    def flagged(self, coder: Coder, position: int, index: Ints, known: Array | None) -> Ints:
+    def flagged(self, coder: Coder, position: int, index: Ints, known: Array | None) -> Array:
         """The places (n,) of the codes that are not 0."""
         if not self.model.striped and not self.model.cut:
             flags = coder.symbols(self.flags, index, known)
@@ -171,7 +171,7 @@ class _Walk:
         return lanes[flags != 0]
 
     def nonzero(
-        self, coder: Coder, position: int, lanes: Ints, predicted: Array, level: Ints, known: Any
+        self, coder: Coder, position: int, lanes: Array, predicted: Array, level: Array, known: Any
     ) -> Array:
         """The codes at `lanes`, which are not 0: their signs, then their sizes."""
         below = predicted < 0
@@ -190,7 +190,7 @@ class _Walk:
         magnitudes[wide] += coder.uniform(widths[wide], rest)
         return np.where((signs == 1) ^ below, -magnitudes, magnitudes)
 
-    def predict(self, position: int) -> npt.NDArray[np.float32]:
+    def predict(self, position: int) -> Array:
         """(rows * channels,) in 1/PREDICTION_PARTS. Whole numbers below 2^24 throughout, which
         float32 adds and multiplies without rounding, in any order."""
         column = (self.column_total[position] << 4) // (self.num_rows + 2)
@@ -258,7 +258,7 @@ def _scales(row_term: Ints, channel_term: Ints, number: int) -> Ints:
     return np.minimum(found, number - 1, out=found)
 
 
-def _levels(steps: tuple[int, ...], mean: int, parts: int, size: int) -> Ints:
+def _levels(steps: tuple[int, ...], mean: int, parts: int, size: int) -> Array:
     """For the whole numbers from 0 to `size` - 1, in 1/parts: how many of `steps` (percent of `mean`)
     they reach."""
     bounds = [-(-step * mean * parts // (100 << ONE)) for step in steps]

@@ -63,7 +63,9 @@ class Cursor:
             value |= (byte & 127) << shift
             if byte < 128:
                 if value > most or (byte == 0 and shift):
-                    raise ArtifactError(f"{what} is {value}; at most {most} is possible, in its shortest form")
+                    raise ArtifactError(
+                        f"{what} is {value}; at most {most} is possible, in its shortest form"
+                    )
                 return value
             shift += 7
         raise ArtifactError(f"{what} takes more than 5 bytes")

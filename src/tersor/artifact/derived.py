@@ -13,7 +13,9 @@ NAME = "derived"
 SAME, PRODUCT = 0, 1
 
 
-def find(tensors: dict[str, Array], places: dict[str, int], sizes: dict[str, int]) -> dict[str, bytes]:
+def find(
+    tensors: dict[str, Array], places: dict[str, int], sizes: dict[str, int]
+) -> dict[str, bytes]:
     """Sections by name for the tensors that cost less this way than `sizes`: a byte 0 and the place
     of an equal tensor, or a byte 1 and the places of a float32 scalar and of a float32 tensor whose
     product, rounded once, it is. `places` are those in the graph. What is computed from is stored."""
@@ -73,7 +75,9 @@ def _product(
     return None
 
 
-def compute(data: memoryview, shape: Shape, dtype: np.dtype[np.generic], stored: list[Array | None]) -> Array:
+def compute(
+    data: memoryview, shape: Shape, dtype: np.dtype[np.generic], stored: list[Array | None]
+) -> Array:
     """The tensor of a section, from the tensors of the graph in order (None: not stored itself).
     Raises ArtifactError."""
     cursor = Cursor(data)

@@ -60,7 +60,8 @@ def frequencies(counts: Ints) -> npt.NDArray[np.float64]:
     ends = np.cumsum(counts, axis=1)
     size = counts.shape[1]
     ends = ends * (TOTAL - size) // ends[:, -1:] + np.arange(1, size + 1)
-    return np.diff(ends, axis=1, prepend=0).astype(np.float64)
+    ends[:, 1:] -= ends[:, :-1].copy()
+    return np.asarray(ends, np.float64)
 
 
 class Coder(Protocol):
@@ -202,7 +203,9 @@ class Reader:
         except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # a panic of the library is no Exception
-            raise ArtifactError(f"a coded stream cannot be decoded ({type(error).__name__})") from None
+            raise ArtifactError(
+                f"a coded stream cannot be decoded ({type(error).__name__})"
+            ) from None
 
 
 _FAMILY = constriction.stream.model.Categorical(perfect=False)
@@ -229,7 +232,9 @@ class Run:
             size = min(self._left, count - start)
             part = slice(start, start + size)
             found[part] = coder.run(self.table, size, None if known is None else known[part])
-            self.table.counts[0] += UNIT * np.bincount(found[part], minlength=len(self.table.counts[0]))
+            self.table.counts[0] += UNIT * np.bincount(
+                found[part], minlength=len(self.table.counts[0])
+            )
             start += size
             self._left -= size
             if not self._left:

@@ -71,7 +71,9 @@ def choose(codes: Array) -> Choice | None:
     used = int(np.count_nonzero(codes))
     none = {"weights": 0 * best.model.weights, "means": 0 * best.model.means}
     for changes in (
-        {"dense": not best.model.dense} if 10 * used > codes.size and 10 * used < 9 * codes.size else None,
+        {"dense": not best.model.dense}
+        if 10 * used > codes.size and 10 * used < 9 * codes.size
+        else None,
         {"striped": False} if best.model.striped else None,
         {"cut": False} if best.model.cut else None,
         none if best.cost < SMALL_BYTES else None,

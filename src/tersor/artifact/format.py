@@ -16,7 +16,7 @@ import hashlib
 import os
 import pathlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 
 from tersor.artifact import derived, version1
@@ -88,7 +88,10 @@ def save(artifact: Artifact, path: str | os.PathLike[str]) -> int:
     columns = collapse(artifact.skeleton)
     packed = squeeze(columns)
     arrays = {**artifact.tensors, **{f"state/{n}": a for n, a in artifact.beside.items()}}
-    order = [*initializer_kinds(artifact.skeleton), *(f"state/{n}" for n in sorted(artifact.beside))]
+    order = [
+        *initializer_kinds(artifact.skeleton),
+        *(f"state/{n}" for n in sorted(artifact.beside)),
+    ]
     made = {**_derivations(artifact, order), **_stored(artifact, arrays)}
     sections = [packed, *(made[key][1] for key in order)]
     sizes = [len(section) for section in sections]
@@ -128,7 +131,9 @@ def _derivations(artifact: Artifact, order: list[str]) -> dict[str, tuple[str, S
     sizes = {key: 1 << 30 if key in told else 0 for key in places}
     found = derived.find(artifact.tensors, places, sizes)
     return {
-        key: (derived.NAME, found[key]) if key in found else smallest(in_order(artifact.tensors[key]))
+        key: (derived.NAME, found[key])
+        if key in found
+        else smallest(in_order(artifact.tensors[key]))
         for key in told
     }
 
@@ -231,14 +236,18 @@ def _read(
 def _read_sections(file: FileIO, sizes: list[int], digests: list[str]) -> Iterator[memoryview]:
     """Section after section; none is given out before its group's digest was compared."""
     for group, digest in zip(groups(sizes), digests, strict=True):
-        where = f"section {group.start}" if len(group) == 1 else f"sections {group.start} to {group.stop - 1}"
+        where = (
+            f"section {group.start}"
+            if len(group) == 1
+            else f"sections {group.start} to {group.stop - 1}"
+        )
         data = [read_exactly(file, sizes[number], where).data for number in group]
         if _digest(data) != digest:
             raise ArtifactError(f"{where} (0 is the graph) is damaged: the digest does not match")
         yield from data
 
 
-def _digest(sections: list[Section]) -> str:
+def _digest(sections: Sequence[Section]) -> str:
     """The first 64 bits of the SHA-256 of sections behind each other, in hexadecimal digits."""
     whole = hashlib.sha256()
     for section in sections:

@@ -135,7 +135,9 @@ def read_header(packed: memoryview, file_bytes: int) -> tuple[Header, int]:
     if not isinstance(digests, list) or len(digests) != expected:
         raise ArtifactError(f"digests must be a list of {expected}")
     state = _read_state(content["state"], len(sizes))
-    header = Header(digests, encodings, content["plan"], content["provenance"], sizes, skeleton, state)
+    header = Header(
+        digests, encodings, content["plan"], content["provenance"], sizes, skeleton, state
+    )
     return header, cost
 
 

@@ -9,7 +9,6 @@ from io import FileIO
 from typing import Any
 
 from tersor.artifact.artifact import Artifact, check_initializers, read_only
-
 from tersor.artifact.checks import (
     MAX_DECODED_BYTES,
     MAX_SKELETON_BYTES,
@@ -128,7 +127,6 @@ def _tensor_entry(name: str, content: Any) -> TensorEntry:
             f"of type {entry.dtype} as {entry.encoding}"
         )
     return entry
-
 
 
 def read(file: FileIO, data: bytes, left: int) -> tuple[Artifact, int]:

@@ -52,7 +52,7 @@ class Bitmap:
             values = chunk[stored].view(np.uint8)
             data[position : position + values.size] = values
             position += values.size
-        return memoryview(data)
+        return data.data
 
     @staticmethod
     def fits(size_bytes: int, shape: Shape, dtype: np.dtype[Any]) -> bool:

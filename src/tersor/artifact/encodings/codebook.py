@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 
 from tersor.artifact.cursor import Cursor
-from tersor.artifact.encoding import ENCODINGS, Array, Shape, Steps, check_bool, count, word_type, words_of
+from tersor.artifact.encoding import (
+    ENCODINGS,
+    Array,
+    Shape,
+    Steps,
+    check_bool,
+    count,
+    word_type,
+    words_of,
+)
 from tersor.artifact.encodings.codes import Codes
 from tersor.errors import ArtifactError
 

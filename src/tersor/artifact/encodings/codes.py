@@ -61,11 +61,18 @@ class Codes:
         if lowest == highest:
             return bytes([CONSTANT]) + first
         first += bytes([highest - lowest])
-        found = [bytes([RUNS]) + first + _write_runs(wide, lowest, highest, by_rows) for by_rows in (False, True)]
+        found = [
+            bytes([RUNS]) + first + _write_runs(wide, lowest, highest, by_rows)
+            for by_rows in (False, True)
+        ]
         if wide.size >= LEAST_CONTEXT and not quick:
             center = _center(wide, lowest, highest)
             chosen = choose(wide.astype(np.int16) - np.int16(center))
-            if chosen is not None and chosen.cost < 1.05 * min(map(len, found)) and chosen.grid.affordable:
+            if (
+                chosen is not None
+                and chosen.cost < 1.05 * min(map(len, found))
+                and chosen.grid.affordable
+            ):
                 head = bytes([CONTEXT]) + first + bytes([center - lowest])
                 found.append(head + _write_context(wide, center, chosen))
         return min(found, key=len)
@@ -119,7 +126,7 @@ def _code_runs(
         held = np.flatnonzero(classes == number)
         group = max(1, PIECE // columns)
         for first in range(0, len(held), group):
-            some = held[first : first + group]
+            some: Any = held[first : first + group]
             some = slice(some[0], some[-1] + 1) if some[-1] - some[0] + 1 == len(some) else some
             for start in range(0, columns, PIECE):
                 part = np.s_[some, start : start + PIECE]
@@ -182,9 +189,7 @@ def _write_context(array: Array, center: int, chosen: Choice) -> bytes:
     return bytes([flags]) + pack_streams(writer.finish())
 
 
-def _read_context(
-    cursor: Cursor, found: Array, lowest: int, span: int, steps: Steps
-) -> None:
+def _read_context(cursor: Cursor, found: Array, lowest: int, span: int, steps: Steps) -> None:
     center = lowest + cursor.byte(span, "the element that counts as 0")
     flags = cursor.byte(2 * PREDICTED - 1, "the flags")
     grid = grid_of(found.shape, bool(flags & TRANSPOSED))

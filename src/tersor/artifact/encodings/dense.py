@@ -23,7 +23,7 @@ class Dense:
     @staticmethod
     def encode(array: Array, quick: bool = False) -> memoryview:
         """A view: nothing is copied."""
-        return memoryview(array.reshape(-1).view(np.uint8))
+        return array.reshape(-1).view(np.uint8).data
 
     @staticmethod
     def fits(size_bytes: int, shape: Shape, dtype: np.dtype[Any]) -> bool:

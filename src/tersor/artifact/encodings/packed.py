@@ -40,7 +40,7 @@ class Packed:
             spread = np.unpackbits(above[:, None], axis=1, count=bits, bitorder="little")
             packed = np.packbits(spread, bitorder="little")
             data[2 + start * bits // 8 :][: packed.size] = packed
-        return memoryview(data)
+        return data.data
 
     @staticmethod
     def fits(size_bytes: int, shape: Shape, dtype: np.dtype[Any]) -> bool:

@@ -61,7 +61,9 @@ class Planes:
             length = cursor.varint(cursor.left, "the size of a plane")
             if length:
                 form = shape if not number else (size,)
-                plane = Codes.decode(cursor.take(length), form, np.dtype(np.uint8), steps).reshape(-1)
+                plane = Codes.decode(cursor.take(length), form, np.dtype(np.uint8), steps).reshape(
+                    -1
+                )
             else:
                 plane = np.frombuffer(cursor.take(size), np.uint8)
             found[:, dtype.itemsize - 1 - number] = plane
