@@ -168,7 +168,7 @@ class _Walk:
         lanes = (rows[:, None] + columns[None]).ravel()
         flags = coder.symbols(self.flags, index[lanes], None if known is None else known[lanes])
         self.flags.update(index[lanes], flags)
-        return lanes[flags != 0]
+        return np.asarray(lanes[flags != 0])
 
     def nonzero(
         self, coder: Coder, position: int, lanes: Array, predicted: Array, level: Array, known: Any
@@ -202,7 +202,7 @@ class _Walk:
         weights = self.model.weights[position, : len(near)].astype(np.float32)
         if weights.any():
             found += (16 * weights) @ self.history[near]
-        return found
+        return np.asarray(found)
 
     def energy(self, position: int) -> Ints:
         """(rows * channels,): the magnitudes one position before and one row of the kernel above,
@@ -255,7 +255,8 @@ def _scales(row_term: Ints, channel_term: Ints, number: int) -> Ints:
     found = (row_term[:, None] + channel_term[None]).ravel()
     found >>= _HALF_BITS
     np.maximum(found, 0, out=found)
-    return np.minimum(found, number - 1, out=found)
+    np.minimum(found, number - 1, out=found)
+    return np.asarray(found)
 
 
 def _levels(steps: tuple[int, ...], mean: int, parts: int, size: int) -> Array:
