@@ -9,8 +9,8 @@ sums up its weights:
 ours            the section's bytes, all that is needed to decode included
 entropy         the same symbols under the same model, by an ideal coder
 one_table, row_tables, row_by_column
-                ideal coders with one table a tensor, one a row, one a class of (row scale x column scale); tables at
-                half the logarithm of their count a symbol, scales at their own entropy
+                ideal coders with one table a tensor, one a row, one a class of (row scale x column scale); tables cost
+                which symbols occur and half the logarithm of how often, scales their own entropy
 bytes_where_... the same of the tensors of which at most a tenth is not 0
 zstd, lzma      level 19, preset 9 extreme, of the codes' bytes (one stream a tensor)
 huffman         Deep Compression's way: canonical Huffman of the codes; where it is less, of the distances between
@@ -24,6 +24,7 @@ import argparse
 import heapq
 import json
 import lzma
+import math
 import pathlib
 import time
 
@@ -34,12 +35,11 @@ from onnx import numpy_helper
 
 import tersor
 from tersor.artifact import ENCODINGS
-from tersor.artifact.activity import OCTAVE
 from tersor.artifact.encoding import Steps
 from tersor.artifact.encodings import codes as coded
 from tersor.artifact.encodings import integers
 from tersor.artifact.entropy import Reader
-from tersor.artifact.fitting import Meter
+from tersor.artifact.fitting import PART, Meter
 from tersor.bench.environment import environment
 
 FORMS = {
@@ -184,7 +184,7 @@ def decode(name, section, array, timed):
         encoding.decode(data, array.shape, array.dtype, Steps(1 << 30))
     finally:
         coded.Reader, integers.Reader = before
-    ideal = Spy.meter.parts / OCTAVE / 8
+    ideal = Spy.meter.parts / PART / 8
     return ideal if name == "codes" else float("nan"), min(spent, default=0.0)
 
 
@@ -205,7 +205,7 @@ def rivals(array):
     return {
         **found,
         "one_table": entropy(codes.ravel()) / 8,
-        "row_tables": sum(entropy(row) for row in rows) / 8,
+        "row_tables": sum(entropy(row, int(codes.max()) + 1) for row in rows) / 8,
         "row_by_column": min(
             row_by_column(array.reshape(len(array), -1), 1),
             row_by_column(array.reshape(len(array), -1), array[0, 0].size),
@@ -215,13 +215,20 @@ def rivals(array):
     }
 
 
-def entropy(symbols):
-    """Bits of an ideal coder with one table, and of the table."""
+def entropy(symbols, size=None):
+    """Bits of an ideal coder with one table over `size` symbols (as many as there are)."""
     counts = np.bincount(symbols)
     counts = counts[counts > 0]
-    total = counts.sum()
-    table = 0.5 * np.log2(counts + 1).sum()
-    return float(-(counts * np.log2(counts / total)).sum() + table)
+    ideal = -(counts * np.log2(counts / counts.sum())).sum()
+    return float(ideal + table_bits(counts, int(symbols.max()) + 1 if size is None else size))
+
+
+def table_bits(counts, size):
+    """Bits of a table: which of `size` symbols occur, and how often, each to the precision that pays."""
+    which = (
+        math.lgamma(size + 1) - math.lgamma(len(counts) + 1) - math.lgamma(size - len(counts) + 1)
+    )
+    return which / math.log(2) + 0.5 * float(np.log2(counts + 1).sum())
 
 
 def row_by_column(matrix, group):
@@ -238,7 +245,8 @@ def row_by_column(matrix, group):
     total = tables.sum(axis=1, keepdims=True)
     held = tables[tables > 0]
     share = (tables / np.maximum(total, 1))[tables > 0]
-    bits = -(held * np.log2(share)).sum() + 0.5 * np.log2(held + 1).sum()
+    bits = -(held * np.log2(share)).sum()
+    bits += sum(table_bits(table[table > 0], len(table)) for table in tables if table.any())
     return float(bits + sum(entropy(step - step.min()) for step in steps))
 
 

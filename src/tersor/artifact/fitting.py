@@ -7,11 +7,11 @@ sums of squares are exact, so that two machines decide alike.
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 from typing import Any
 
 import numpy as np
 
-from tersor.artifact.activity import OCTAVE, log2_parts
 from tersor.artifact.context import Model, code_grid
 from tersor.artifact.encoding import Array
 from tersor.artifact.entropy import TOTAL, Counts, Symbols
@@ -20,6 +20,7 @@ from tersor.artifact.grid import NEIGHBOURS, Grid, as_grid, grid_of
 SAMPLE = 1 << 19  # codes on which choices are compared
 FITTED = 1 << 21  # codes to which the prediction is fitted
 EMPTY_SHARE = 64  # empty rows or columns are flagged from 1/64 of them
+PART = 1 << 20  # of a bit
 SMALL_BYTES = 4096  # below that many, the weights of the prediction may cost more than they save
 
 
@@ -37,13 +38,12 @@ class Meter:
     """A coder that writes nothing and adds up what it would take."""
 
     def __init__(self) -> None:
-        self.parts = 0  # 1/OCTAVE bit
+        self.parts = 0  # 1/PART bit
 
     def symbols(self, table: Counts, index: Any, known: Any) -> Symbols:
         """See Coder."""
         held = np.asarray(known, np.int32)
-        kept = log2_parts(table.frequencies[index, held])
-        self.parts += OCTAVE * (TOTAL.bit_length() - 1) * held.size - int(kept.sum())
+        self.parts += int(_costs().take(table.frequencies[index, held].astype(np.int64)).sum())
         return held
 
     def run(self, table: Counts, count: int, known: Any) -> Symbols:
@@ -52,11 +52,18 @@ class Meter:
 
     def uniform(self, sizes: Any, known: Any) -> Symbols:
         """See Coder."""
-        self.parts += int(log2_parts(sizes).sum()) if len(sizes) else 0
+        self.parts += int(_costs().take(TOTAL // sizes).sum())
         return np.asarray(known, np.int32)
 
     def boundary(self) -> None:
         """See Coder."""
+
+
+@functools.cache
+def _costs() -> Array:
+    """1/PART bit of a symbol of frequency 1 to TOTAL, rounded."""
+    bits = np.log2(TOTAL) - np.log2(np.maximum(np.arange(TOTAL + 1), 1))
+    return np.round(PART * bits).astype(np.int64)
 
 
 def choose(codes: Array) -> Choice | None:
@@ -92,7 +99,7 @@ def _candidate(codes: Array, transposed: bool, model: Model | None) -> Choice:
     sample = view[:: max(1, min(grid.rows // 16, view.size // SAMPLE))]
     meter = Meter()
     code_grid(meter, dc.replace(grid, rows=len(sample)), model, sample, None)
-    return Choice(transposed, grid, model, meter.parts / OCTAVE / 8 * grid.rows / len(sample))
+    return Choice(transposed, grid, model, meter.parts / PART / 8 * grid.rows / len(sample))
 
 
 def _model(grid: Grid, view: Array) -> Model:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.artifact.activity import OCTAVE, log2_parts
+from tersor.artifact.clusters import row_classes
 from tersor.artifact.context import Model, code_grid
 from tersor.artifact.cursor import Cursor, pack_streams, unpack_streams
 from tersor.artifact.encoding import ENCODINGS, Array, Shape, Steps, count
@@ -142,21 +142,17 @@ def _code_runs(
 
 def _write_runs(array: Array, lowest: int, highest: int, by_rows: bool) -> bytes:
     rows = _rows(array)
-    classes = _classes(rows) if by_rows else np.zeros(len(rows), np.int64)
+    classes = (
+        row_classes(rows, lowest, highest - lowest + 1)
+        if by_rows
+        else np.zeros(len(rows), np.int64)
+    )
     num_classes = int(classes.max()) + 1
     writer = Writer()
     if num_classes > 1:
         Run(Counts(flat_prior(num_classes), RUN_LIMIT)).code(writer, len(rows), classes)
     _code_runs(writer, rows, classes, highest - lowest, lowest, True)
     return bytes([num_classes - 1]) + pack_streams(writer.finish())
-
-
-def _classes(rows: Array) -> Ints:
-    """Rows of similar spread: classes of half an octave of the mean distance from the median."""
-    wide = rows.astype(np.int32)
-    spread = np.abs(wide - int(np.median(wide))).sum(axis=1) * 16 // rows.shape[1] + 1
-    found = log2_parts(spread) // (OCTAVE // 2)
-    return np.unique(found, return_inverse=True)[1].reshape(-1)
 
 
 def _read_runs(cursor: Cursor, found: Array, lowest: int, span: int) -> None:
