@@ -92,11 +92,14 @@ def write_header(header: Header) -> bytes:
     """The bytes of `header`: how many JSON takes (varint), and JSON as one LZMA stream. Raises
     ArtifactError where `read_header` would refuse them."""
     data = canonical_json(dc.asdict(header))
-    if len(data) > MAX_HEADER_BYTES:
+    packed = varint(len(data)) + squeeze(data) if len(data) <= MAX_HEADER_BYTES else b""
+    most = header_room(len(packed) + header.skeleton.size_bytes + sum(header.sizes))
+    if len(data) > most:
         raise ArtifactError(
-            f"the header would take {len(data)} bytes; at most {MAX_HEADER_BYTES} are allowed"
+            f"the header would take {len(data)} bytes; at most {most} are allowed in a file of that "
+            "size; make the plan or the provenance shorter"
         )
-    return varint(len(data)) + squeeze(data)
+    return packed
 
 
 def header_room(file_bytes: int) -> int:

@@ -53,15 +53,19 @@ class Integers:
     @staticmethod
     def decode(data: memoryview, shape: Shape, dtype: np.dtype[Any], steps: Steps) -> Array:
         """Takes the tensor twice."""
-        cursor, bits = Cursor(data), 8 * dtype.itemsize - 1
-        shift = cursor.byte(bits - 1, "the shift")
-        longest = cursor.byte(bits - shift, "the bits of the largest")
+        cursor = Cursor(data)
+        shift = cursor.byte(62, "the shift")
+        longest = cursor.byte(63 - shift, "the bits of the largest")
         reader = Reader(unpack_streams(cursor))
         found = _code(reader, count(shape), longest, None)
         reader.finish()
         if int(np.bitwise_or.reduce(np.abs(found))).bit_length() != longest:
             raise ArtifactError(f"no number is {longest} bits long, as the section says")
-        return (found << shift).astype(dtype).reshape(shape)
+        found <<= shift
+        limits = np.iinfo(dtype)
+        if int(found.min()) < limits.min or int(found.max()) > limits.max:
+            raise ArtifactError(f"a number of {shift + longest} bits is not of type {dtype.name}")
+        return found.astype(dtype).reshape(shape)
 
 
 def _code(coder: Coder, size: int, longest: int, known: Array | None) -> Array:
@@ -86,9 +90,9 @@ def _code_part(
     coder: Coder, size: int, lengths: Counts, signs: Counts, seconds: Counts, known: Array | None
 ) -> Array:
     value = None if known is None else np.abs(known)
-    told = None if value is None else np.frexp(value.astype(np.float64))[1]
+    told = None if value is None else np.frexp(value.astype(np.float64))[1].astype(np.int64)
     if value is not None and told is not None:  # float64 may have rounded up to the next power
-        told = told - (value < np.left_shift(1, np.maximum(told - 1, 0)))
+        told = told - (value < np.int64(1) << np.maximum(told - 1, 0))
         told = np.where(value == 0, 0, told)
     length = coder.run(lengths, size, told).astype(np.int64)
     lengths.update(np.int64(0), length)
