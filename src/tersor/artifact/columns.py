@@ -8,9 +8,12 @@ and never makes more than the caller allows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tersor.artifact.cursor import Cursor, from_zigzag, varint, zigzag
 from tersor.errors import ArtifactError
+
+T = TypeVar("T")
 
 PLAIN, COLUMNS = 0, 1
 NO_NAME, NAME_OF_OUTPUT, OWN_NAME = 0, 1, 2
@@ -239,7 +242,7 @@ def _read(cursor: Cursor, size: int) -> bytes:
             rest[3],
         ]
         return _Room(size).take([rest[0], _field(7, room.take(parts)), rest[4]])
-    except (IndexError, StopIteration, ValueError):
+    except (IndexError, ValueError):
         raise ArtifactError("the columns of the skeleton do not fit together") from None
 
 
@@ -262,7 +265,7 @@ def _read_nodes(
     for form, num_inputs, num_outputs, kind in zip(*columns[:3], columns[4], strict=True):
         parts, first = [], b""
         for number in range(num_inputs + num_outputs):
-            back = next(places)
+            back = _next(places)
             if back > known:
                 raise ArtifactError("a node of the skeleton refers to a name before the first")
             name = names[known - back]
@@ -272,7 +275,7 @@ def _read_nodes(
         if kind == NAME_OF_OUTPUT:
             parts.append(_field(3, first + b"_" + _operator(forms[form])))
         elif kind == OWN_NAME:
-            parts.append(_field(3, next(own)))
+            parts.append(_field(3, _next(own)))
         yield _field(1, room.take([*parts, forms[form]]))
 
 
@@ -289,8 +292,8 @@ def _read_initializers(
     last = -1
     for delta in deltas:
         last += 1 + from_zigzag(delta)
-        kind = next(dims)
-        shape = [b"\x08" + varint(next(dims)) for _ in range(next(dims))]
+        kind = _next(dims)
+        shape = [b"\x08" + varint(_next(dims)) for _ in range(_next(dims))]
         yield _field(5, room.take([*shape, b"\x10", varint(kind), _field(8, _at(names, last))]))
 
 
@@ -299,11 +302,17 @@ def _read_values(
 ) -> Iterator[bytes]:
     last = -1
     for _ in range(count):
-        last += 1 + from_zigzag(next(column))
-        yield _field(13, room.take([_field(1, _at(names, last)), kinds[next(column)]]))
+        last += 1 + from_zigzag(_next(column))
+        yield _field(13, room.take([_field(1, _at(names, last)), kinds[_next(column)]]))
 
 
 def _at(names: list[bytes], place: int) -> bytes:
     if place < 0:
         raise ArtifactError("a part of the skeleton refers to a name before the first")
     return names[place]
+
+
+def _next(values: Iterator[T]) -> T:
+    for value in values:
+        return value
+    raise ArtifactError("the columns of the skeleton do not fit together")

@@ -30,7 +30,7 @@ TRANSPOSED, DENSE, STRIPED, CUT, PREDICTED = 1, 2, 4, 8, 16
 RUN_LIMIT = 1 << 22  # symbols; in effect, runs forget nothing
 PIECE = 1 << 20  # elements handled at once
 KEPT = 256  # symbols that a class of rows takes over from the one before
-MAX_CLASSES = 64
+MAX_CLASSES, MAX_ROWS = 64, 1 << 16
 LEAST_CONTEXT = 256  # elements
 
 
@@ -112,6 +112,9 @@ def _center(codes: Array, lowest: int, highest: int) -> int:
 
 
 def _rows(array: Array) -> Array:
+    """The tensor as rows of its first axis; as one row where classes of rows would cost memory."""
+    if array.shape and array.shape[0] > MAX_ROWS:
+        return array.reshape(1, -1)
     return array.reshape(array.shape[0], -1) if array.ndim > 1 else array.reshape(1, -1)
 
 
