@@ -48,7 +48,9 @@ def seed_graph():
     rng = np.random.default_rng(0)
     sparse = rng.standard_normal((6, 4)).astype(np.float32)
     sparse[rng.random(sparse.shape) < 0.8] = 0
-    codes = rng.integers(-9, 10, (2, 16, 1, 1)) * np.ones((3, 3)) + (rng.random((2, 16, 3, 3)) < 0.1)
+    codes = rng.integers(-9, 10, (2, 16, 1, 1)) * np.ones((3, 3)) + (
+        rng.random((2, 16, 3, 3)) < 0.1
+    )
     scale = np.float32([0.25, 0.75, 0.5, 1.5, 0.75])
     tensors = {
         "a.weight": sparse,
@@ -229,7 +231,9 @@ def test_damage_is_told_by_its_section(seed, refused):
     header["encodings"][-1] = "dense"
     sections[-1] = large.tobytes()
     whole = assemble(header, skeleton, sections)
-    assert "sections 0 to 11" in refused(whole[:-1] + b"\xff")  # the first group ends with 4096 bytes
+    assert "sections 0 to 11" in refused(
+        whole[:-1] + b"\xff"
+    )  # the first group ends with 4096 bytes
     assert "tensor 'c.scale': " in refused(
         assemble(header, skeleton, [*sections[:2], sections[2] + b"\0", *sections[3:]])
     )

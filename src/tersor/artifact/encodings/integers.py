@@ -90,7 +90,9 @@ def _code_part(
     coder: Coder, size: int, lengths: Counts, signs: Counts, seconds: Counts, known: Array | None
 ) -> Array:
     value = None if known is None else np.abs(known)
-    length = coder.run(lengths, size, None if value is None else _bit_lengths(value)).astype(np.int64)
+    length = coder.run(lengths, size, None if value is None else _bit_lengths(value)).astype(
+        np.int64
+    )
     lengths.update(np.int64(0), length)
     some = np.flatnonzero(length)
     negative = coder.run(signs, some.size, None if known is None else known[some] < 0)

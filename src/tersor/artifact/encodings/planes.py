@@ -39,7 +39,9 @@ class Planes:
         for number in range(array.itemsize):
             plane = _plane(array, number)
             shaped = plane if number else plane.reshape(array.shape)
-            coded = Codes.encode(shaped, quick) or b""
+            coded = (
+                Codes.encode(shaped, True) or b""
+            )  # exponents have no neighbours worth a context
             if coded and len(coded) < plane.size:
                 parts += [varint(len(coded)), coded]
             else:
