@@ -63,7 +63,7 @@ class Meter:
 def _costs() -> Array:
     """1/PART bit of a symbol of frequency 1 to TOTAL, rounded."""
     bits = np.log2(TOTAL) - np.log2(np.maximum(np.arange(TOTAL + 1), 1))
-    return np.round(PART * bits).astype(np.int64)
+    return np.asarray(np.round(PART * bits), np.int64)
 
 
 def choose(codes: Array) -> Choice | None:
