@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -26,12 +27,13 @@ from tersor.methods import factorize as factorization
 from tersor.methods import prune as pruning
 from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
+from tersor.methods import share as sharing
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.schedules import prune_gradually
 from tersor.models.load import load_model
-from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize
+from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Share
 from tersor.specs.prune import REMOVED
 
 CALIBRATION_BATCH = 64
@@ -164,29 +166,23 @@ def prune_model(
     With a schedule of rounds that follows each round. Inputs that a criterion, a scope or a
     reconstruction asks for are calibration inputs, without their labels.
     """
-    inputs = list(calibration_batches(splits, len(splits.calibration)))
-    after = (reestimate, recovery, checkpoint, on_progress)
+    following = _Recovery(module, splits, reestimate, recovery, checkpoint, on_progress)
+    inputs = following.inputs
     if spec.structure in REMOVED:
         example = torch.zeros(1, *splits.input_shape)
         decided = structured.plan(module, spec, example, inputs=inputs, seed=seed)
-        return _recovered(
-            module,
-            structured.apply(module, decided, inputs=inputs, seed=seed),
-            decided,
-            splits,
-            None,
-            *after,
-        )
+        smaller = structured.apply(module, decided, inputs=inputs, seed=seed)
+        return following.after(smaller, decided)
     evidence = pruning.Evidence(inputs=inputs)
     if spec.schedule == "one_shot":
         pruned = pruning.prune(module, spec, seed=seed, evidence=evidence)
-        return _recovered(module, pruned.module, pruned.plan, splits, pruned.masks, *after)
+        return following.after(pruned.module, pruned.plan, pruned.masks)
     states: list[Compressed] = []
 
     def recover(changed: nn.Module, masks: Mapping[str, torch.Tensor], number: int) -> nn.Module:
         place = None if checkpoint is None else checkpoint.with_suffix(f".{number}.checkpoint")
-        now = (reestimate, recovery, place, on_progress)
-        states.append(_recovered(module, changed, Plan(spec), splits, dict(masks), *now))
+        now = dc.replace(following, checkpoint=place)
+        states.append(now.after(changed, Plan(spec), dict(masks)))
         return states[-1].module
 
     pruned = prune_gradually(module, spec, recover=recover, seed=seed, evidence=evidence)
@@ -205,38 +201,50 @@ def factorize_model(
 ) -> Compressed:
     """Replace layers by thinner ones in series, re-estimate batch norm, and fine-tune. No labels but
     for a fine-tuning that uses them."""
-    inputs = calibration_batches(splits, len(splits.calibration))
-    found = factorization.factorize(module, spec, inputs)
-    after = (reestimate, recovery, checkpoint, on_progress)
-    return _recovered(module, found.module, found.plan, splits, None, *after)
+    following = _Recovery(module, splits, reestimate, recovery, checkpoint, on_progress)
+    found = factorization.factorize(module, spec, following.inputs)
+    return following.after(found.module, found.plan)
 
 
-def _recovered(
-    original: nn.Module,
-    changed: nn.Module,
-    plan: Plan,
-    splits: Splits,
-    masks: dict[str, torch.Tensor] | None,
-    reestimate: bool,
-    recovery: Finetune | None,
-    checkpoint: pathlib.Path | None,
-    on_progress: Callable[[Progress], None] | None,
-) -> Compressed:
-    """What every method does after it has changed a network."""
-    fresh, tuned = None, None
-    if reestimate:
-        fresh = reestimate_batch_norm(changed, calibration_batches(splits, len(splits.calibration)))
-    if recovery is not None:
-        tuned = finetune(
-            fresh or changed,
-            splits,
-            recovery,
-            masks=masks,
-            teacher=original if recovery.needs_teacher else None,
-            checkpoint=checkpoint,
-            on_progress=on_progress,
-        )
-    return Compressed(changed, fresh, tuned, plan)
+def share_model(module: nn.Module, splits: Splits, spec: Share, *, seed: int = 0) -> Compressed:
+    """Make filters from others, and re-estimate batch norm from calibration inputs."""
+    found = sharing.share(module, spec, seed=seed)
+    return _Recovery(module, splits).after(found.module, found.plan)
+
+
+@dc.dataclass(frozen=True, eq=False)
+class _Recovery:
+    """What every method does after it has changed the network `original`."""
+
+    original: nn.Module
+    splits: Splits
+    reestimate: bool = True
+    training: Finetune | None = None
+    checkpoint: pathlib.Path | None = None
+    on_progress: Callable[[Progress], None] | None = None
+
+    @functools.cached_property
+    def inputs(self) -> list[npt.NDArray[np.float32]]:
+        """All calibration inputs, without labels, in batches."""
+        return list(calibration_batches(self.splits, len(self.splits.calibration)))
+
+    def after(
+        self, changed: nn.Module, plan: Plan, masks: dict[str, torch.Tensor] | None = None
+    ) -> Compressed:
+        """Batch norm re-estimated and the network trained, as far as asked for; zeros of `masks` stay."""
+        fresh = reestimate_batch_norm(changed, self.inputs) if self.reestimate else None
+        tuned = None
+        if self.training is not None:
+            tuned = finetune(
+                fresh or changed,
+                self.splits,
+                self.training,
+                masks=masks,
+                teacher=self.original if self.training.needs_teacher else None,
+                checkpoint=self.checkpoint,
+                on_progress=self.on_progress,
+            )
+        return Compressed(changed, fresh, tuned, plan)
 
 
 def quantize_graph(

@@ -15,16 +15,14 @@ from torch import nn
 
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
-from tersor.methods import share as sharing
 from tersor.methods.finetune import Progress, finetune
-from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.pipeline import (
     Compressed,
-    calibration_batches,
     deployment_graph,
     factorize_model,
     prune_model,
     quantize_network,
+    share_model,
 )
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe, Share, Spec, from_dict
 from tersor.specs.prune import MASKED
@@ -88,7 +86,7 @@ def run_recipe(
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
             return Made(quantized.graph, current, quantized.plan.after(tuple(plans)))
         if isinstance(step, Finetune):
-            teacher = module if step.distill > 0 or step.hints > 0 else None
+            teacher = module if step.needs_teacher else None
             current = finetune(
                 current,
                 splits,
@@ -113,9 +111,7 @@ def _changed(module: nn.Module, splits: Splits, step: Spec, seed: int) -> Compre
     if isinstance(step, Factorize):
         return factorize_model(module, splits, step)
     assert isinstance(step, Share), "the order was checked"
-    found = sharing.share(module, step, seed=seed)
-    inputs = calibration_batches(splits, len(splits.calibration))
-    return Compressed(found.module, reestimate_batch_norm(found.module, inputs), None, found.plan)
+    return share_model(module, splits, step, seed=seed)
 
 
 def _zeros(module: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:

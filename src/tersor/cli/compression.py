@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.output import Output, say, training_watch, watching
-from tersor.cli.targets import told, writable
-from tersor.specs import Factorize, Finetune, Prune
+from tersor.cli.output import Output, Watch, say, training_watch, watching
+from tersor.cli.targets import coverage, told, writable
+from tersor.specs import Factorize, Finetune, Plan, Prune, Recipe
 
 if TYPE_CHECKING:  # slow to import, and only named here
+    from torch import nn
+
+    from tersor.data.arrays import Splits
+    from tersor.methods.finetune import Progress
     from tersor.pipeline import Compressed
+    from tersor.recipe import Made
+
+    Make = Callable[[nn.Module, Splits, Watch], Made]
 
 
 @dc.dataclass(frozen=True)
@@ -70,8 +77,8 @@ def prune(
     def change(module: Any, splits: Any, **options: Any) -> Compressed:
         return prune_model(module, splits, request, seed=seed, **options)
 
-    where = (model, data, out, weights, num_classes, save_weights)
-    return _changed(where, change, recovery, seed, output)
+    task = _Task(model, data, out, weights, num_classes, save_weights, seed, output)
+    return task.run(_recovering(change, recovery, seed))
 
 
 def factorize(
@@ -99,8 +106,8 @@ def factorize(
     def change(module: Any, splits: Any, **options: Any) -> Compressed:
         return factorize_model(module, splits, request, **options)
 
-    where = (model, data, out, weights, num_classes, save_weights)
-    return _changed(where, change, recovery, seed, output)
+    task = _Task(model, data, out, weights, num_classes, save_weights, seed, output)
+    return task.run(_recovering(change, recovery, seed))
 
 
 def compress(
@@ -124,60 +131,32 @@ def compress(
     """
     import shutil
 
-    from tersor.data import load_data
-    from tersor.models import save_weights as save_state
-    from tersor.pipeline import resolve, write
     from tersor.recipe import read_recipe, run_recipe
-    from tersor.specs import Plan
 
     asked = read_recipe(recipe)
-    target = writable(out, ".tersor")
-    kept = None if save_weights is None else writable(save_weights, ".safetensors")
-    subject = resolve(model, weights=weights, num_classes=num_classes, seed=asked.seed)
-    module = subject.need_module("a recipe")
-    splits = load_data(data)
-    steps = target.with_suffix(".steps")
-    steps.mkdir(exist_ok=True)
-    with watching() as watch:
-        made = run_recipe(
-            module,
-            splits,
-            asked,
-            checkpoints=steps,
-            on_progress=lambda named, progress: training_watch(watch, named)(progress),
-        )
-    size = write(
-        made.graph, target, plan=made.plan, provenance={"data": splits.name, "model": model}
-    )
-    if kept is not None:
-        save_state(made.module, kept)
+    steps = writable(out, ".tersor").with_suffix(".steps")
+
+    def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
+        steps.mkdir(exist_ok=True)
+
+        def told_of(named: str, progress: Progress) -> None:
+            training_watch(watch, named)(progress)
+
+        return run_recipe(module, splits, asked, checkpoints=steps, on_progress=told_of)
+
+    task = _Task(model, data, out, weights, num_classes, save_weights, asked.seed, output)
+    answer = task.run(make)
     shutil.rmtree(steps)
-    plans = () if made.plan is None else (*made.plan.earlier, made.plan)
-    for plan in plans[:-1]:
-        told(output, None, 0, plan)
-    return told(output, target, size, plans[-1] if plans else Plan(asked))
+    return answer
 
 
-def _changed(
-    where: tuple[str, str, str, str | None, int | None, str | None],
-    change: Callable[..., Compressed],
-    recovery: Recovery,
-    seed: int,
-    output: Output,
-) -> dict[str, Any]:
-    """Load, change, recover, write and tell. `where`: model, data, out, weights, number of classes,
-    file for the weights."""
-    from tersor.data import load_data
-    from tersor.models import save_weights
-    from tersor.pipeline import resolve, write
+def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int) -> Make:
+    """`change`, with what follows it."""
 
-    model, data, out, weights, num_classes, weights_out = where
-    target = writable(out, ".tersor")
-    kept = None if weights_out is None else writable(weights_out, ".safetensors")
-    subject = resolve(model, weights=weights, num_classes=num_classes, seed=seed)
-    module = subject.need_module("changing a network")
-    splits = load_data(data)
-    with watching() as watch:
+    def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
+        from tersor.pipeline import deployment_graph
+        from tersor.recipe import Made
+
         found = change(
             module,
             splits,
@@ -185,11 +164,47 @@ def _changed(
             recovery=recovery.training(seed),
             on_progress=training_watch(watch, "fine-tune"),
         )
-    graph = dc.replace(subject, module=found.module).graph(splits.input_shape)
-    size = write(graph, target, plan=found.plan, provenance={"data": splits.name, "model": model})
-    if kept is not None:
-        save_weights(found.module, kept)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (module, found.module))
-    answer = told(output, target, size, found.plan)
-    say(output, f"{after:,} parameters of {before:,}")
-    return {**answer, "parameters": after, "parameters_before": before}
+        return Made(deployment_graph(found.module, splits.input_shape), found.module, found.plan)
+
+    return make
+
+
+@dc.dataclass(frozen=True)
+class _Task:
+    """What all commands here do around the change itself: load, and write and tell what came of it."""
+
+    model: str
+    data: str
+    out: str
+    weights: str | None
+    num_classes: int | None
+    save_weights: str | None
+    seed: int
+    output: Output
+
+    def run(self, make: Make) -> dict[str, Any]:
+        """Check the targets, load network and data, `make`, write, and tell layer by layer."""
+        from tersor.data import load_data
+        from tersor.models import save_weights
+        from tersor.pipeline import resolve, write
+
+        target = writable(self.out, ".tersor")
+        kept = None if self.save_weights is None else writable(self.save_weights, ".safetensors")
+        subject = resolve(
+            self.model, weights=self.weights, num_classes=self.num_classes, seed=self.seed
+        )
+        module = subject.need_module("changing a network")
+        splits = load_data(self.data)
+        with watching() as watch:
+            made = make(module, splits, watch)
+        provenance = {"data": splits.name, "model": self.model}
+        size = write(made.graph, target, plan=made.plan, provenance=provenance)
+        if kept is not None:
+            save_weights(made.module, kept)
+        plan = made.plan or Plan(Recipe(()))  # a recipe that trains alone has decided nothing
+        for earlier in plan.earlier:
+            coverage(self.output, earlier)
+        answer = told(self.output, target, size, plan)
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (module, made.module))
+        say(self.output, f"{after:,} parameters of {before:,}")
+        return {**answer, "parameters": after, "parameters_before": before}

@@ -12,27 +12,23 @@ from tersor.specs import Plan
 PICTURES = (".html", ".svg")
 
 
-def told(output: Output, target: pathlib.Path | None, size: int, plan: Plan) -> dict[str, Any]:
-    """Print the coverage table and the file, where there is one yet; return both."""
+def told(output: Output, target: pathlib.Path, size: int, plan: Plan) -> dict[str, Any]:
+    """Print the coverage table and the file; return both."""
+    layers = coverage(output, plan)
+    say(output, f"wrote {target}, {size:,} bytes")
+    return {"out": str(target), "size_bytes": size, "layers": layers}
+
+
+def coverage(output: Output, plan: Plan) -> list[dict[str, Any]]:
+    """Print what was done to each layer, or why not; return it. Columns that say nothing are left out."""
     layers = [{k: v for k, v in d.to_dict().items() if k != "kind"} for d in plan.layers]
     shown = [layer | {"kept": _kept(layer)} for layer in layers]
-    nothing = {
-        "bits": 32,
-        "sparsity": 0,
-        "kept": "",
-        "reason": "",
-    }  # a column of these says nothing
+    nothing = {"bits": 32, "sparsity": 0, "kept": "", "reason": ""}
     telling = [name for name in nothing if any(line[name] != nothing[name] for line in shown)]
     columns = ("layer", "action", *telling)
-    show_table(
-        output,
-        f"coverage: {plan.request.kind}",
-        columns,
-        [[layer[c] for c in columns] for layer in shown],
-    )
-    if target is not None:
-        say(output, f"wrote {target}, {size:,} bytes")
-    return {"out": str(target), "size_bytes": size, "layers": layers}
+    rows = [[layer[c] for c in columns] for layer in shown]
+    show_table(output, f"coverage: {plan.request.kind}", columns, rows)
+    return layers
 
 
 def _kept(layer: dict[str, Any]) -> str:

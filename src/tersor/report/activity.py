@@ -14,7 +14,7 @@ from tersor.report.figures import (
     figure_settings,
     file_name,
     require_matplotlib,
-    shown_label,
+    rows_of_names,
     svg_text,
 )
 from tersor.report.page import page
@@ -198,17 +198,10 @@ def _drawn(plot: Plot) -> str:
 
 def _dress(axes: Any, plot: Plot) -> None:
     """Axes, names and legend."""
-    names = [shown_label(name) for name in plot.categories]
     axes.set_xlim(*plot.limits)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel(plot.x_label)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="both", which="major")
-    axes.tick_params(axis="y", length=0)
+    rows_of_names(axes, plot.categories)
     axes.tick_params(axis="x", length=3, width=0.7)
     axes.figure.legend(
         loc="outside upper left", ncols=3, frameon=False, fontsize=9, handletextpad=0.2

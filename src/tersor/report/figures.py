@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -249,6 +249,17 @@ def _largest(plot: Plot) -> float:
     values = [v for series in plot.bars for v in series.values if v is not None]
     values += [v for series in plot.bars for v in series.references if v is not None]
     return max(values, default=0) or 1.0
+
+
+def rows_of_names(axes: Any, names: Sequence[str]) -> None:
+    """A row for each of `names`, downwards, on an axes with a grid and no frame but the line below."""
+    axes.set_yticks(range(len(names)), [shown_label(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="both", which="major")
+    axes.tick_params(axis="y", length=0)
 
 
 def shown_label(text: str) -> str:

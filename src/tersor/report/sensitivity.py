@@ -16,6 +16,7 @@ from tersor.report.figures import (
     figure_settings,
     file_name,
     require_matplotlib,
+    rows_of_names,
     shown_label,
     svg_text,
 )
@@ -228,14 +229,7 @@ def _dress(axes: Any, plot: Plot, floor: float) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel(f"{plot.x_label} (logarithmic)")
-    names = [shown_label(name) for name in plot.categories]
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="both", which="major")
-    axes.tick_params(axis="y", length=0)
+    rows_of_names(axes, plot.categories)
     axes.tick_params(axis="x", which="major", length=3, width=0.7)
     axes.figure.legend(
         loc="outside upper left",
