@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -71,7 +71,7 @@ def squared_error(grid, weight):
 
 def assert_well_formed(grid, weight, bits):
     assert grid.bits == bits and grid.levels.dtype == np.float32
-    assert 2 <= grid.levels.size <= 2**bits and (np.diff(grid.levels) > 0).all()
+    assert 2 <= grid.levels.size <= 2**bits and (grid.levels[1:] > grid.levels[:-1]).all()
     assert grid.scale.dtype == grid.zero_point.dtype == np.float32
     assert grid.scale.shape == grid.zero_point.shape
     assert (grid.scale >= SMALLEST).all() and np.isfinite(grid.scale).all()
@@ -119,9 +119,14 @@ def test_codes_are_well_formed_fixed_points_and_nearest(kind, granularity, searc
     assert np.array_equal(again.levels, grid.levels) and np.array_equal(again.scale, grid.scale)
 
 
+OPPOSITE_ENDS = np.array([[1, -1]], np.float32) * np.finfo(np.float32).max
+
+
 @EVERY
 @settings(deadline=None, max_examples=15)
 @given(weight=weights, granularity=st.sampled_from(GRANULARITIES), search=st.sampled_from(SEARCHES))
+@example(weight=OPPOSITE_ENDS, granularity="per_tensor", search="minmax")
+@example(weight=OPPOSITE_ENDS, granularity="per_channel", search="mse")
 def test_any_finite_weight_has_a_grid(kind, weight, granularity, search):
     code, bits, symmetric = kind
     grid = fit(code, weight, bits, symmetric, granularity, search)

@@ -64,7 +64,8 @@ class Grid:
         kinds = [str(array.dtype) for array in (self.levels, self.scale, self.zero_point)]
         if kinds != ["float32"] * 3:
             raise ModelError(f"levels, scale and zero point are float32, got {', '.join(kinds)}")
-        count, ascending = self.levels.size, bool((np.diff(self.levels) > 0).all())
+        # compared, not subtracted: the distance of two float32 may overflow
+        count, ascending = self.levels.size, bool((self.levels[1:] > self.levels[:-1]).all())
         if self.levels.ndim != 1 or not (2 <= count <= 2**self.bits <= 256 and ascending):
             raise ModelError(
                 f"a grid of {self.bits} bits holds 2 to {2**self.bits} ascending levels, got "

@@ -42,9 +42,9 @@ class Ladder:
     def borders(self) -> FloatArray | None:
         """(n - 1,) float32, or None for whole numbers one apart: a float32 belongs above a border
         if it is larger. Exact although the middle of two levels may be no float32."""
-        if (np.diff(self.levels) == 1).all() and self.levels[0] == np.rint(self.levels[0]):
-            return None
         exact = self.levels.astype(np.float64)
+        if (np.diff(exact) == 1).all() and exact[0] == np.rint(exact[0]):
+            return None
         middles = exact[:-1] + np.diff(exact) / 2
         borders = middles.astype(np.float32)
         too_high = (borders > middles) | ((borders == middles) & (middles <= 0))
