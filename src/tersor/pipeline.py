@@ -31,6 +31,7 @@ from tersor.methods import share as sharing
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.methods.restore import plan_of
 from tersor.methods.schedules import prune_gradually
 from tersor.models.load import load_model
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Share
@@ -65,6 +66,11 @@ class Subject:
             return self.artifact.to_onnx()
         assert self.module is not None, "a subject is a module or an artifact"
         return deployment_graph(self.module, input_shape, fold_copies=fold_copies)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was done to the network that a file holds; None for a network itself."""
+        return None if self.artifact is None else plan_of(self.artifact)
 
     def need_module(self, purpose: str) -> nn.Module:
         """The module, or a ModelError that says why a file will not do."""

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+import tersor
 from tersor.artifact import load
 from tersor.cli import main
 from tersor.engines import open_session
+from tersor.methods.restore import plans_of
 
 
 def called(*arguments):
@@ -98,3 +100,34 @@ def test_every_way_of_pruning_is_one_command(tmp_path, options):
     assert touched
     logits = open_session(load(out), threads=1).run(np.zeros((2, 1, 8, 8), np.float32))
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        ("quantize", "--mode", "weight_only", "--bits", 8),
+        ("quantize", "--data", "digits", "--num-calibration", 64),
+        ("export", "--to", "tersor"),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_a_command_that_takes_a_file_keeps_what_was_done_before(tmp_path, following):
+    first, out = tmp_path / "pruned.tersor", tmp_path / "after.tersor"
+    for command, options in (
+        ("prune", ("--structure", "channel", "--sparsity", 0.5)),
+        ("factorize", ("--size", 0.7)),
+    ):
+        code, _ = called(
+            command, "digits_net", "--data", "digits", "--out", first, *options, "--json"
+        )
+        assert code == 0
+        command, *options = following
+        code, _ = called(command, first, "--out", out, *options, "--json")
+        assert code == 0
+        held = plans_of(load(first))
+        assert [p.layers for p in plans_of(load(out))[: len(held)]] == [p.layers for p in held]
+        module = tersor.load(out, into=tersor.load_model("digits_net", seed=1))
+        once = tersor.load(first, into=tersor.load_model("digits_net"))
+        assert {n: p.shape for n, p in module.named_parameters()} == {
+            n: p.shape for n, p in once.named_parameters()
+        }

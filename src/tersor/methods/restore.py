@@ -67,14 +67,20 @@ def restore(
     return changed
 
 
-def plans_of(artifact: Artifact) -> list[Plan]:
-    """The plans of a file in the order they were applied; none where it holds none."""
+def plan_of(artifact: Artifact) -> Plan | None:
+    """The plan that made a file, which holds those before it; None where the file holds none."""
     if not artifact.plan:
-        return []
+        return None
     plan = from_dict(artifact.plan)
     if not isinstance(plan, Plan):
         raise ModelError(f"the file's plan is of kind {plan.kind!r}; expected plan")
-    return [*plan.earlier, plan]
+    return plan
+
+
+def plans_of(artifact: Artifact) -> list[Plan]:
+    """The plans of a file in the order they were applied; none where it holds none."""
+    last = plan_of(artifact)
+    return [] if last is None else [*last.earlier, last]
 
 
 def _restructured(module: nn.Module, plan: Plan) -> nn.Module:
