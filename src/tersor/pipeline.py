@@ -30,7 +30,7 @@ from tersor.methods import quantize as quantization
 from tersor.methods import share as sharing
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
-from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.methods.reestimate import augmentation_of, reestimate_batch_norm
 from tersor.methods.restore import plan_of
 from tersor.methods.schedules import prune_gradually
 from tersor.models.load import load_model
@@ -161,25 +161,26 @@ def prune_model(
     spec: Prune,
     *,
     reestimate: bool = True,
+    augment: str = "auto",
     recovery: Finetune | None = None,
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
 ) -> Compressed:
-    """Prune, re-estimate batch norm from calibration inputs, and fine-tune: with the masks kept, or
-    the network that is left of structures that are removed.
+    """Prune, re-estimate batch norm from calibration inputs (`augment` as there), and fine-tune: with
+    the masks kept, or the network that is left of structures that are removed.
 
     With a schedule of rounds that follows each round. Inputs that a criterion, a scope or a
     reconstruction asks for are calibration inputs, without their labels.
     """
-    following = _Recovery(module, splits, reestimate, recovery, checkpoint, on_progress)
+    following = _Recovery(module, splits, reestimate, augment, recovery, checkpoint, on_progress)
     inputs = following.inputs
     if spec.structure in REMOVED:
         example = torch.zeros(1, *splits.input_shape)
         decided = structured.plan(module, spec, example, inputs=inputs, seed=seed)
         smaller = structured.apply(module, decided, inputs=inputs, seed=seed)
         return following.after(smaller, decided)
-    evidence = pruning.Evidence(inputs=inputs)
+    evidence = pruning.Evidence(inputs=inputs, augment=augment)
     if spec.schedule == "one_shot":
         pruned = pruning.prune(module, spec, seed=seed, evidence=evidence)
         return following.after(pruned.module, pruned.plan, pruned.masks)
@@ -187,8 +188,7 @@ def prune_model(
 
     def recover(changed: nn.Module, masks: Mapping[str, torch.Tensor], number: int) -> nn.Module:
         place = None if checkpoint is None else checkpoint.with_suffix(f".{number}.checkpoint")
-        now = dc.replace(following, checkpoint=place)
-        states.append(now.after(changed, Plan(spec), dict(masks)))
+        states.append(following.after(changed, Plan(spec), dict(masks), place))
         return states[-1].module
 
     pruned = prune_gradually(module, spec, recover=recover, seed=seed, evidence=evidence)
@@ -201,21 +201,24 @@ def factorize_model(
     spec: Factorize,
     *,
     reestimate: bool = True,
+    augment: str = "auto",
     recovery: Finetune | None = None,
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Compressed:
     """Replace layers by thinner ones in series, re-estimate batch norm, and fine-tune. No labels but
     for a fine-tuning that uses them."""
-    following = _Recovery(module, splits, reestimate, recovery, checkpoint, on_progress)
+    following = _Recovery(module, splits, reestimate, augment, recovery, checkpoint, on_progress)
     found = factorization.factorize(module, spec, following.inputs)
     return following.after(found.module, found.plan)
 
 
-def share_model(module: nn.Module, splits: Splits, spec: Share, *, seed: int = 0) -> Compressed:
+def share_model(
+    module: nn.Module, splits: Splits, spec: Share, *, augment: str = "auto", seed: int = 0
+) -> Compressed:
     """Make filters from others, and re-estimate batch norm from calibration inputs."""
     found = sharing.share(module, spec, seed=seed)
-    return _Recovery(module, splits).after(found.module, found.plan)
+    return _Recovery(module, splits, augment=augment).after(found.module, found.plan)
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -225,6 +228,7 @@ class _Recovery:
     original: nn.Module
     splits: Splits
     reestimate: bool = True
+    augment: str = "auto"
     training: Finetune | None = None
     checkpoint: pathlib.Path | None = None
     on_progress: Callable[[Progress], None] | None = None
@@ -234,11 +238,23 @@ class _Recovery:
         """All calibration inputs, without labels, in batches."""
         return list(calibration_batches(self.splits, len(self.splits.calibration)))
 
+    @functools.cached_property
+    def augmentation(self) -> str:
+        """How images are augmented for batch norms."""
+        return augmentation_of(self.original, self.inputs) if self.augment == "auto" else self.augment
+
     def after(
-        self, changed: nn.Module, plan: Plan, masks: dict[str, torch.Tensor] | None = None
+        self,
+        changed: nn.Module,
+        plan: Plan,
+        masks: dict[str, torch.Tensor] | None = None,
+        checkpoint: pathlib.Path | None = None,
     ) -> Compressed:
-        """Batch norm re-estimated and the network trained, as far as asked for; zeros of `masks` stay."""
-        fresh = reestimate_batch_norm(changed, self.inputs) if self.reestimate else None
+        """Batch norm re-estimated and the network trained, as far as asked for; zeros of `masks` stay.
+        `checkpoint` stands in the place of its own."""
+        fresh = None
+        if self.reestimate:
+            fresh = reestimate_batch_norm(changed, self.inputs, augment=self.augmentation)
         tuned = None
         if self.training is not None:
             tuned = finetune(
@@ -247,7 +263,7 @@ class _Recovery:
                 self.training,
                 masks=masks,
                 teacher=self.original if self.training.needs_teacher else None,
-                checkpoint=self.checkpoint,
+                checkpoint=checkpoint or self.checkpoint,
                 on_progress=self.on_progress,
             )
         return Compressed(changed, fresh, tuned, plan)

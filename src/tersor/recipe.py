@@ -97,7 +97,7 @@ def run_recipe(
                 on_progress=told,
             ).module
             continue
-        changed = _changed(current, splits, step, recipe.seed)
+        changed = _changed(current, splits, step, recipe)
         current = changed.module
         plans.append(changed.plan)
         masks |= _zeros(current, changed.plan)
@@ -105,13 +105,14 @@ def run_recipe(
     return Made(graph, current, plans[-1].after(tuple(plans[:-1])) if plans else None)
 
 
-def _changed(module: nn.Module, splits: Splits, step: Spec, seed: int) -> Compressed:
+def _changed(module: nn.Module, splits: Splits, step: Spec, recipe: Recipe) -> Compressed:
+    seed, augment = recipe.seed, recipe.augment
     if isinstance(step, Prune):
-        return prune_model(module, splits, step, seed=seed)
+        return prune_model(module, splits, step, augment=augment, seed=seed)
     if isinstance(step, Factorize):
-        return factorize_model(module, splits, step)
+        return factorize_model(module, splits, step, augment=augment)
     assert isinstance(step, Share), "the order was checked"
-    return share_model(module, splits, step, seed=seed)
+    return share_model(module, splits, step, augment=augment, seed=seed)
 
 
 def _zeros(module: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -30,12 +30,15 @@ class Recovery:
 
     Attributes:
         reestimate: re-estimate batch norm from unlabelled calibration inputs
+        augment: those inputs, augmented: none, crop, flip_crop, or auto: as the network's statistics tell that its
+            training did
         finetune_epochs: train on (0: not); weights that were set to zero stay zero
         finetune_learning_rate: peak of the learning rate
         distill: share of the training's loss that comes from the original network; 1 uses no labels
     """
 
     reestimate: bool = True
+    augment: Literal["auto", "none", "crop", "flip_crop"] = "auto"
     finetune_epochs: float = 0.0
     finetune_learning_rate: float = 0.03
     distill: float = 0.0
@@ -161,6 +164,7 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
             module,
             splits,
             reestimate=recovery.reestimate,
+            augment=recovery.augment,
             recovery=recovery.training(seed),
             on_progress=training_watch(watch, "fine-tune"),
         )
