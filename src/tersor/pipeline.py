@@ -32,7 +32,7 @@ from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import augmentation_of, reestimate_batch_norm
 from tersor.methods.restore import plan_of
-from tersor.methods.schedules import prune_gradually
+from tersor.methods.schedules import prune_gradually, remove_gradually
 from tersor.models.load import load_model
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Share
 from tersor.specs.prune import REMOVED
@@ -163,6 +163,7 @@ def prune_model(
     reestimate: bool = True,
     augment: str = "auto",
     recovery: Finetune | None = None,
+    teacher: nn.Module | None = None,
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
@@ -170,13 +171,16 @@ def prune_model(
     """Prune, re-estimate batch norm from calibration inputs (`augment` as there), and fine-tune: with
     the masks kept, or the network that is left of structures that are removed.
 
-    With a schedule of rounds that follows each round. Inputs that a criterion, a scope or a
+    With a schedule of rounds that follows each round, and the training of round N resumes from
+    `checkpoint` with .N before its ending. A training that distils learns from `teacher`, by default
+    from `module`. Inputs that a criterion, a scope or a
     reconstruction asks for are calibration inputs, without their labels.
     """
-    following = _Recovery(module, splits, reestimate, augment, recovery, checkpoint, on_progress)
-    inputs = following.inputs
-    if spec.structure in REMOVED:
-        example = torch.zeros(1, *splits.input_shape)
+    following = _Recovery(
+        module, splits, reestimate, augment, recovery, checkpoint, on_progress, teacher
+    )
+    inputs, example = following.inputs, torch.zeros(1, *splits.input_shape)
+    if spec.structure in REMOVED and spec.schedule == "one_shot":
         decided = structured.plan(module, spec, example, inputs=inputs, seed=seed)
         smaller = structured.apply(module, decided, inputs=inputs, seed=seed)
         return following.after(smaller, decided)
@@ -191,6 +195,9 @@ def prune_model(
         states.append(following.after(changed, Plan(spec), dict(masks), place))
         return states[-1].module
 
+    if spec.structure in REMOVED:
+        left = remove_gradually(module, spec, example, recover=recover, inputs=inputs, seed=seed)
+        return dc.replace(states[-1], plan=left.plan)
     pruned = prune_gradually(module, spec, recover=recover, seed=seed, evidence=evidence)
     return dc.replace(states[-1], plan=pruned.plan)
 
@@ -232,6 +239,7 @@ class _Recovery:
     training: Finetune | None = None
     checkpoint: pathlib.Path | None = None
     on_progress: Callable[[Progress], None] | None = None
+    teacher: nn.Module | None = None
 
     @functools.cached_property
     def inputs(self) -> list[npt.NDArray[np.float32]]:
@@ -262,7 +270,7 @@ class _Recovery:
                 self.splits,
                 self.training,
                 masks=masks,
-                teacher=self.original if self.training.needs_teacher else None,
+                teacher=(self.teacher or self.original) if self.training.needs_teacher else None,
                 checkpoint=checkpoint or self.checkpoint,
                 on_progress=self.on_progress,
             )

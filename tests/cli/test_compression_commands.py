@@ -86,6 +86,8 @@ def test_low_rank_is_told_with_its_ranks(tmp_path, float_size):
         ("--structure", "stripe", "--scope", "auto"),
         ("--schedule", "gradual", "--rounds", "2", "--finetune-epochs", "0.2"),
         ("--structure", "channel", "--scope", "auto", "--macs", "0.4"),
+        ("--structure", "channel", "--macs", "0.4", "--schedule", "gradual", "--rounds", "2",
+         "--finetune-epochs", "0.2"),
     ],
     ids=lambda options: " ".join(options),
 )

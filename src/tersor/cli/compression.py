@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
-from collections.abc import Callable
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -11,6 +15,7 @@ from tyro.conf import Positional
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, Watch, say, training_watch, watching
 from tersor.cli.targets import coverage, told, writable
+from tersor.errors import RunError
 from tersor.specs import Factorize, Finetune, Plan, Prune, Recipe
 
 if TYPE_CHECKING:  # slow to import, and only named here
@@ -21,7 +26,8 @@ if TYPE_CHECKING:  # slow to import, and only named here
     from tersor.pipeline import Compressed
     from tersor.recipe import Made
 
-    Make = Callable[[nn.Module, Splits, Watch], Made]
+    # the last: a directory for what trainings resume from
+    Make = Callable[[nn.Module, Splits, Watch, pathlib.Path], Made]
 
 
 @dc.dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Recovery:
         reestimate: re-estimate batch norm from unlabelled calibration inputs
         augment: those inputs, augmented: none, crop, flip_crop, or auto: as the network's statistics tell that its
             training did
-        finetune_epochs: train on (0: not); weights that were set to zero stay zero
+        finetune_epochs: train on (0: not), after each round where there are several; weights that were set to zero
+            stay zero; resumes from OUT.steps after a kill
         finetune_learning_rate: peak of the learning rate
         distill: share of the training's loss that comes from the original network; 1 uses no labels
     """
@@ -81,7 +88,7 @@ def prune(
         return prune_model(module, splits, request, seed=seed, **options)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, seed, output)
-    return task.run(_recovering(change, recovery, seed))
+    return task.run(Recipe((request,)), _recovering(change, recovery, seed), **dc.asdict(recovery))
 
 
 def factorize(
@@ -110,7 +117,7 @@ def factorize(
         return factorize_model(module, splits, request, **options)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, seed, output)
-    return task.run(_recovering(change, recovery, seed))
+    return task.run(Recipe((request,)), _recovering(change, recovery, seed), **dc.asdict(recovery))
 
 
 def compress(
@@ -132,31 +139,24 @@ def compress(
         out: the file to write (.tersor); trainings resume from OUT.steps after a kill
         save_weights: also write the network's weights before it is quantized (.safetensors)
     """
-    import shutil
-
     from tersor.recipe import read_recipe, run_recipe
 
     asked = read_recipe(recipe)
-    steps = writable(out, ".tersor").with_suffix(".steps")
 
-    def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
-        steps.mkdir(exist_ok=True)
-
+    def make(module: nn.Module, splits: Splits, watch: Watch, steps: pathlib.Path) -> Made:
         def told_of(named: str, progress: Progress) -> None:
             training_watch(watch, named)(progress)
 
         return run_recipe(module, splits, asked, checkpoints=steps, on_progress=told_of)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, asked.seed, output)
-    answer = task.run(make)
-    shutil.rmtree(steps)
-    return answer
+    return task.run(asked, make)
 
 
 def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int) -> Make:
     """`change`, with what follows it."""
 
-    def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
+    def make(module: nn.Module, splits: Splits, watch: Watch, steps: pathlib.Path) -> Made:
         from tersor.pipeline import deployment_graph
         from tersor.recipe import Made
 
@@ -166,11 +166,33 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
             reestimate=recovery.reestimate,
             augment=recovery.augment,
             recovery=recovery.training(seed),
+            checkpoint=steps / "training.checkpoint",
             on_progress=training_watch(watch, "fine-tune"),
         )
         return Made(deployment_graph(found.module, splits.input_shape), found.module, found.plan)
 
     return make
+
+
+@contextlib.contextmanager
+def _steps(target: pathlib.Path, asked: dict[str, Any]) -> Iterator[pathlib.Path]:
+    """A directory beside the target, which holds what was `asked`. What ends early leaves it where a training can go
+    on from it."""
+    steps = target.with_suffix(".steps")
+    note, text = steps / "asked.json", json.dumps(asked, indent=1) + "\n"
+    if note.exists() and note.read_text() != text:
+        raise RunError(
+            f"{steps} holds trainings of another request (see {note.name}); remove it to start anew, or give another "
+            "--out"
+        )
+    steps.mkdir(exist_ok=True)
+    note.write_text(text)
+    try:
+        yield steps
+    except BaseException:
+        if list(steps.iterdir()) == [note]:
+            shutil.rmtree(steps)
+        raise
 
 
 @dc.dataclass(frozen=True)
@@ -186,8 +208,9 @@ class _Task:
     seed: int
     output: Output
 
-    def run(self, make: Make) -> dict[str, Any]:
-        """Check the targets, load network and data, `make`, write, and tell layer by layer."""
+    def run(self, request: Recipe, make: Make, **options: Any) -> dict[str, Any]:
+        """Check the targets, load network and data, `make`, write, and tell layer by layer. `request` and its other
+        `options` tell a training that goes on from another one."""
         from tersor.data import load_data
         from tersor.models import save_weights
         from tersor.pipeline import resolve, write
@@ -199,12 +222,16 @@ class _Task:
         )
         module = subject.need_module("changing a network")
         splits = load_data(self.data)
-        with watching() as watch:
-            made = make(module, splits, watch)
+        asked = {"options": options, "recipe": request.to_dict()}
+        for field in ("model", "data", "weights", "num_classes", "seed"):
+            asked[field] = getattr(self, field)
+        with watching() as watch, _steps(target, asked) as steps:
+            made = make(module, splits, watch, steps)
         provenance = {"data": splits.name, "model": self.model}
         size = write(made.graph, target, plan=made.plan, provenance=provenance)
         if kept is not None:
             save_weights(made.module, kept)
+        shutil.rmtree(steps)
         plan = made.plan or Plan(Recipe(()))  # a recipe that trains alone has decided nothing
         for earlier in plan.earlier:
             coverage(self.output, earlier)
