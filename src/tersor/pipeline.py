@@ -23,6 +23,7 @@ from tersor.engines import Session, open_session
 from tersor.errors import ModelError, SpecError
 from tersor.graph.export import export_onnx
 from tersor.graph.fold import fold_copies_
+from tersor.graph.stripes import shrink_kernels_
 from tersor.methods import factorize as factorization
 from tersor.methods import prune as pruning
 from tersor.methods import prune_structured as structured
@@ -112,11 +113,14 @@ def deployment_graph(
     module: nn.Module, input_shape: tuple[int, int, int], *, fold_copies: bool = False
 ) -> onnx.ModelProto:
     """The graph of `module`; with `fold_copies` a linear layer that reads equal copies of each value
-    is folded first: the same function for this input shape, with fewer weights."""
+    is folded first: the same function for this input shape, with fewer weights. Kernels of which rows
+    or columns are empty in all filters are smaller in it."""
     if fold_copies:
         module = copy.deepcopy(module)
         fold_copies_(module, torch.zeros(2, *input_shape))
-    return export_onnx(module, input_shape)
+    graph = export_onnx(module, input_shape)
+    shrink_kernels_(graph)
+    return graph
 
 
 def input_shape_of(graph: onnx.ModelProto) -> tuple[int, int, int]:

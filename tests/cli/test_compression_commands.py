@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import tersor
 from tersor.artifact import load
@@ -133,3 +134,37 @@ def test_a_command_that_takes_a_file_keeps_what_was_done_before(tmp_path, follow
         assert {n: p.shape for n, p in module.named_parameters()} == {
             n: p.shape for n, p in once.named_parameters()
         }
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_stripes_are_small_in_the_file_and_left_out_where_that_is_faster(
+    tmp_path, float_size, monkeypatch, faster
+):
+    import tersor.bench.forms
+
+    told = []
+
+    def timed(pairs):
+        told.extend(pairs)
+        return list(pairs)[:1] if faster else []
+
+    monkeypatch.setattr(tersor.bench.forms, "faster_forms", timed)
+    out, kept = tmp_path / "net.tersor", tmp_path / "net.safetensors"
+    code, answer = called(
+        "prune", "digits_net", "--data", "digits", "--out", out, "--structure", "stripe",
+        "--sparsity", 0.7, "--save-weights", kept, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert told == ["features.0", "features.3", "features.7"]
+    assert answer["split"] == (["features.0"] if faster else [])
+    zeros = sum(p["sparsity"] * w for p, w in zip(answer["layers"], (288, 18432, 36864), strict=False))
+    assert out.stat().st_size < float_size - 0.8 * 4 * zeros
+    network = tersor.load_model("digits_net", weights=kept).eval()
+    images = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    expected = network(torch.from_numpy(images)).detach().numpy()
+    found = open_session(load(out), threads=1).run(images)
+    assert np.allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    back = tersor.load(out, into=tersor.load_model("digits_net", seed=1))
+    for name in told:  # scaled by the folded norms, zeros at the same places
+        held, original = (n.get_submodule(name).weight for n in (back, network))
+        assert torch.equal(held != 0, original != 0)

@@ -16,7 +16,7 @@ from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, Watch, say, training_watch, watching
 from tersor.cli.targets import coverage, told, writable
 from tersor.errors import RunError
-from tersor.specs import Factorize, Finetune, Plan, Prune, Recipe
+from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe
 
 if TYPE_CHECKING:  # slow to import, and only named here
     from torch import nn
@@ -74,6 +74,7 @@ def prune(
     recovery: Recovery = Recovery(),
     save_weights: str | None = None,
     seed: int = 0,
+    measure: bool = True,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
     """Prune a network and write it as a .tersor file.
@@ -81,6 +82,8 @@ def prune(
     Args:
         out: the file to write (.tersor)
         save_weights: also write the pruned network's weights (.safetensors), to train on
+        measure: structure stripe: time each layer here, and leave empty stripes out of the products where that is
+            faster; they take no room in the file in any case
     """
     from tersor.pipeline import prune_model
 
@@ -88,7 +91,8 @@ def prune(
         return prune_model(module, splits, request, seed=seed, **options)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, seed, output)
-    return task.run(Recipe((request,)), _recovering(change, recovery, seed), **dc.asdict(recovery))
+    following = _recovering(change, recovery, seed)
+    return task.run(Recipe((request,)), following, measure, **dc.asdict(recovery))
 
 
 def factorize(
@@ -130,6 +134,7 @@ def compress(
     weights: Weights = None,
     num_classes: int | None = None,
     save_weights: str | None = None,
+    measure: bool = True,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
     """Apply the steps of a recipe to a network and write it as a .tersor file.
@@ -138,6 +143,7 @@ def compress(
         recipe: a JSON file: {"steps": [{"kind": "prune", ...}, {"kind": "finetune", ...}, {"kind": "quantize", ...}]}
         out: the file to write (.tersor); trainings resume from OUT.steps after a kill
         save_weights: also write the network's weights before it is quantized (.safetensors)
+        measure: as of prune
     """
     from tersor.recipe import read_recipe, run_recipe
 
@@ -150,7 +156,7 @@ def compress(
         return run_recipe(module, splits, asked, checkpoints=steps, on_progress=told_of)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, asked.seed, output)
-    return task.run(asked, make)
+    return task.run(asked, make, measure)
 
 
 def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int) -> Make:
@@ -208,7 +214,9 @@ class _Task:
     seed: int
     output: Output
 
-    def run(self, request: Recipe, make: Make, **options: Any) -> dict[str, Any]:
+    def run(
+        self, request: Recipe, make: Make, measure: bool = False, **options: Any
+    ) -> dict[str, Any]:
         """Check the targets, load network and data, `make`, write, and tell layer by layer. `request` and its other
         `options` tell a training that goes on from another one."""
         from tersor.data import load_data
@@ -227,6 +235,7 @@ class _Task:
             asked[field] = getattr(self, field)
         with watching() as watch, _steps(target, asked) as steps:
             made = make(module, splits, watch, steps)
+        split = _split_where_faster(made.graph, request) if measure else []
         provenance = {"data": splits.name, "model": self.model}
         size = write(made.graph, target, plan=made.plan, provenance=provenance)
         if kept is not None:
@@ -238,4 +247,19 @@ class _Task:
         answer = told(self.output, target, size, plan)
         before, after = (sum(p.numel() for p in m.parameters()) for m in (module, made.module))
         say(self.output, f"{after:,} parameters of {before:,}")
-        return {**answer, "parameters": after, "parameters_before": before}
+        if split:
+            say(self.output, f"faster without their empty stripes: {', '.join(split)}")
+        return {**answer, "parameters": after, "parameters_before": before, "split": split}
+
+
+def _split_where_faster(graph: Any, request: Recipe) -> list[str]:
+    """Leave empty stripes out of the products of a float graph where that is faster here; returns the layers."""
+    from tersor.bench.forms import faster_forms
+    from tersor.graph.stripes import forms_of_stripes, split_stripes_
+
+    striped = any(isinstance(step, Prune) and step.structure == "stripe" for step in request.steps)
+    if not striped or isinstance(request.steps[-1], Quantize):
+        return []
+    return [
+        change.layer for change in split_stripes_(graph, faster_forms(forms_of_stripes(graph)))
+    ]
