@@ -20,8 +20,9 @@ from tersor.graph.layers import weight_layers
 from tersor.graph.select import excluded_layers
 from tersor.graph.weights import from_rows
 from tersor.methods import choose
+from tersor.methods.judging import logits_of
 from tersor.methods.layer_statistics import layer_statistics
-from tersor.methods.mask_auto import outputs_of, pruning_harms, removed_by_sensitivity
+from tersor.methods.mask_auto import pruning_harms, removed_by_sensitivity
 from tersor.methods.paired_moments import CHUNK, input_chunks
 from tersor.methods.reconstruct import reconstruct
 from tersor.methods.reestimate import augmentation_of, reestimate_batch_norm
@@ -292,7 +293,7 @@ def _by_sensitivity(
         seen = dc.replace(evidence, inputs=inputs, original=original, augment=augment)
         pruned = apply(module, Plan(spec, decided), seed=seed, evidence=seen, masks=masks)
         renewed = reestimate_batch_norm(pruned.module, inputs, augment=augment, seed=seed)
-        kept, changed = (outputs_of(m.eval(), judging) for m in (copy.deepcopy(original), renewed))
+        kept, changed = (logits_of(m.eval(), judging) for m in (copy.deepcopy(original), renewed))
         return output_distance(kept, changed)[0]
 
     removed = removed_by_sensitivity(spec, harms, distance_at)

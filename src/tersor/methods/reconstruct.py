@@ -17,9 +17,9 @@ from torch import nn
 from tersor.graph.layers import weight_layers
 from tersor.graph.weights import as_rows, from_rows
 from tersor.methods.device import off_device, on_device
+from tersor.methods.judging import BatchStatistics
 from tersor.methods.layer_statistics import POSITIONS, FloatArray, layer_statistics
 from tersor.methods.paired_moments import (
-    BatchStatistics,
     MomentSums,
     Reading,
     input_chunks,
