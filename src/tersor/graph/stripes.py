@@ -84,7 +84,7 @@ def split_stripes_(graph: onnx.ModelProto, names: Collection[str]) -> list[Kerne
     """
     changes = []
     weights = {i.name: i for i in graph.graph.initializer}
-    for layer in striped_layers(graph):
+    for layer in reversed(striped_layers(graph)):  # the places of those before stay
         if layer.name not in names:
             continue
         (index,) = layer.nodes
@@ -98,7 +98,7 @@ def split_stripes_(graph: onnx.ModelProto, names: Collection[str]) -> list[Kerne
         kernel = weight.shape[2:]
         share = stripes / (len(weight) * math.prod(kernel))
         changes.append(KernelChange(layer.name, kernel, (1,) * len(kernel), share))
-    return changes
+    return changes[::-1]
 
 
 def striped_layers(graph: onnx.ModelProto) -> list[GraphLayer]:
