@@ -181,6 +181,4 @@ def test_torchs_encoder_runs_with_fewer_heads():
     assert torch.allclose(fused, smaller(inputs), atol=1e-6)
     smaller.train()(inputs).sum().backward()
     with pytest.raises(ModelError, match="for each of 8 heads"):
-        smaller.layer.self_attn(
-            *[torch.zeros(2, 5, 16)] * 3, attn_mask=torch.zeros(8, 5, 5)
-        )
+        smaller.layer.self_attn(*[torch.zeros(2, 5, 16)] * 3, attn_mask=torch.zeros(8, 5, 5))

@@ -70,9 +70,7 @@ class Heads(nn.MultiheadAttention):
         biases: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(
             functional.linear(each, weight, bias)
-            for each, weight, bias in zip(
-                inputs, self.in_proj_weight.chunk(3), biases, strict=True
-            )
+            for each, weight, bias in zip(inputs, self.in_proj_weight.chunk(3), biases, strict=True)
         )
 
     def _split(self, values: Tensor) -> Tensor:
