@@ -247,7 +247,7 @@ def speed(told):
     return (
         "## Time of pruned networks\n\n"
         f"{told['model']}, {rows[0]['threads']} threads, all networks interleaved in one process, median milliseconds "
-        f"of one batch, and how many times faster than the float network's graph on the same engine in the same numbers. "
+        "of one batch, and how many times faster than the float network on the same engine in the same numbers. "
         f"{where(told)}.\n\n"
         + table(["network", "numbers", "engine", "batch", "ms", "times faster"], lines)
     )
