@@ -109,9 +109,10 @@ def export(
     if to not in ("onnx", "tersor"):
         raise SpecError(f"--to must be onnx or tersor, got {to!r}")
     target = writable(out, f".{to}")
-    graph = resolve(model, weights=weights, num_classes=num_classes).graph(input_shape)
+    subject = resolve(model, weights=weights, num_classes=num_classes)
+    graph = subject.graph(input_shape)
     if to == "tersor":
-        size = write(graph, target, provenance={"model": model})
+        size = write(graph, target, plan=subject.plan, provenance={"model": model})
     else:
         data = graph.SerializeToString()
         write_whole(target, [data], len(data))
