@@ -253,7 +253,9 @@ class _Recovery:
     @functools.cached_property
     def augmentation(self) -> str:
         """How images are augmented for batch norms."""
-        return augmentation_of(self.original, self.inputs) if self.augment == "auto" else self.augment
+        return (
+            augmentation_of(self.original, self.inputs) if self.augment == "auto" else self.augment
+        )
 
     def after(
         self,

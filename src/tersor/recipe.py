@@ -67,8 +67,9 @@ def run_recipe(
 
     Batch norm is re-estimated from calibration inputs after each step that changes weights; weights
     that were set to zero stay zero in later trainings; a training that distils learns from `module`
-    as it was given. A training that follows a pruning of several rounds is done after each of them. With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError
-    for an order that cannot be, before any work.
+    as it was given. A training that follows a pruning of several rounds is done after each of them.
+    With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError for an order that
+    cannot be, before any work.
     """
     _check_order(recipe.steps)
     plans: list[Plan] = []

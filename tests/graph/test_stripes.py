@@ -14,8 +14,8 @@ from torch import nn
 import tersor
 from tersor.engines.onnxruntime import inference_session
 from tersor.graph import export_onnx
-from tersor.graph.export import OPSET
 from tersor.graph.constants import constant_values
+from tersor.graph.export import OPSET
 from tersor.graph.layers import graph_layers
 from tersor.graph.stripes import (
     forms_of_stripes,
@@ -34,7 +34,10 @@ def masked(layer, keep):
     with torch.no_grad():
         layer.weight.mul_(keep)
         sizes = layer(torch.zeros(2, *SHAPE)).shape[1:]
-    right, left = layer._reversed_padding_repeated_twice[:2], layer._reversed_padding_repeated_twice[2:]
+    right, left = (
+        layer._reversed_padding_repeated_twice[:2],
+        layer._reversed_padding_repeated_twice[2:],
+    )
     node = onnx.helper.make_node(
         "Conv",
         ["input", "0.weight", *["0.bias"] * (layer.bias is not None)],
@@ -89,6 +92,7 @@ def layers(data, groups):
     return nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups, bias=bias)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_any_pattern_of_positions_is_the_same_function(data):
@@ -106,6 +110,7 @@ def test_any_pattern_of_positions_is_the_same_function(data):
         assert tuple(held.dims[2:]) == change.after
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(deadline=None, max_examples=20)
 @given(data=st.data(), density=st.sampled_from([0.0, 0.2, 0.6]))
 def test_a_sum_over_stripes_is_the_same_function(data, density):
@@ -125,9 +130,7 @@ def test_a_sum_over_stripes_is_the_same_function(data, density):
     if both:
         shrink_kernels_(both)
         split_stripes_(both, ["0"])
-        expected, found = (
-            outputs(g, np.ones((1, *SHAPE), np.float32)) for g in (before, both)
-        )
+        expected, found = (outputs(g, np.ones((1, *SHAPE), np.float32)) for g in (before, both))
         assert np.allclose(expected, found, atol=1e-5)
 
 
@@ -159,7 +162,10 @@ def test_what_is_left_alone_is_said():
 
 def test_stripes_of_every_layer_alone_in_two_forms():
     network = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2), nn.Conv2d(6, 6, 3, groups=2)
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, 2),
+        nn.Conv2d(6, 6, 3, groups=2),
     ).eval()
     with torch.no_grad():
         for place in (0, 2, 3):
@@ -173,6 +179,23 @@ def test_stripes_of_every_layer_alone_in_two_forms():
         expected, found = outputs(whole, inputs), outputs(split, inputs)
         assert np.allclose(expected, found, atol=1e-5)
         assert np.allclose(expected, layer(torch.from_numpy(inputs)).detach().numpy(), atol=1e-5)
+
+
+def test_several_layers_of_one_graph_are_split():
+    network = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2), nn.Conv2d(6, 6, 2)
+    ).eval()
+    with torch.no_grad():
+        for place in (0, 2, 3):
+            layer = network[place]
+            layer.weight.mul_(torch.rand(len(layer.weight), 1, *layer.kernel_size) < 0.4)
+    graph = export_onnx(network, SHAPE)
+    inputs = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    expected = outputs(graph, inputs)
+    changes = split_stripes_(graph, ["2", "0", "3"])
+    assert [change.layer for change in changes] == ["0", "2", "3"]
+    onnx.checker.check_model(graph, full_check=True)
+    assert np.allclose(outputs(graph, inputs), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -190,3 +190,28 @@ def test_inputs_without_a_network_are_refused(tmp_path):
     save(file_of(export_onnx(trained(), SHAPE)), tmp_path / "net.tersor")
     with pytest.raises(SpecError, match="into=MyModel"):
         tersor.load(tmp_path / "net.tersor", inputs=[])
+
+
+class Square(nn.Module):
+    """Linear layers on sequences: the exporter keeps them as products with the transpose, which has the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, inputs):
+        return self.second(self.first(inputs.mean(1)).relu()).mean(1)
+
+
+@pytest.mark.parametrize("mode", ["float", "weight_only", "dynamic"])
+def test_square_weights_of_linear_layers_are_not_turned(tmp_path, mode):
+    torch.manual_seed(0)
+    network = Square().eval()
+    graph = export_onnx(network, (1, 8, 8))
+    if mode != "float":
+        graph = tersor.quantize(graph, tersor.Quantize(mode=mode)).graph
+    tersor.write(graph, tmp_path / "net.tersor")
+    back = tersor.load(tmp_path / "net.tersor", into=Square())
+    for name in ("first", "second"):
+        one, other = (n.get_submodule(name).weight for n in (network, back))
+        assert torch.allclose(one, other, atol=1e-6 if mode == "float" else 5e-3)

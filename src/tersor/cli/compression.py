@@ -260,6 +260,4 @@ def _split_where_faster(graph: Any, request: Recipe) -> list[str]:
     striped = any(isinstance(step, Prune) and step.structure == "stripe" for step in request.steps)
     if not striped or isinstance(request.steps[-1], Quantize):
         return []
-    return [
-        change.layer for change in split_stripes_(graph, faster_forms(forms_of_stripes(graph)))
-    ]
+    return [change.layer for change in split_stripes_(graph, faster_forms(forms_of_stripes(graph)))]

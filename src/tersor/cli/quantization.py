@@ -94,9 +94,7 @@ def quantize(
         quantized, choice = _chosen(quantized, graph, splits, request, where, output)
     provenance = {"model": model, "data": None if splits is None else splits.name}
     before = () if subject.plan is None else (subject.plan,)
-    size = write(
-        quantized.graph, target, plan=quantized.plan.after(before), provenance=provenance
-    )
+    size = write(quantized.graph, target, plan=quantized.plan.after(before), provenance=provenance)
     answer = told(output, target, size, quantized.plan)
     shares = quantized.coverage.to_dict()
     macs, weights_covered = shares["macs_share"], shares["bytes_share"]

@@ -40,6 +40,17 @@ def constant_values(graph: onnx.ModelProto) -> dict[str, Array]:
     return found
 
 
+def stored_by_inputs(graph: onnx.ModelProto) -> set[str]:
+    """Names of the matrices that stand in the graph as (inputs, outputs), the transpose of a linear
+    layer's weight: a square one does not tell by its shape."""
+    found = set()
+    for node in graph.graph.node:
+        flipped = any(a.name == "transB" and a.i for a in node.attribute)
+        if node.op_type in ("MatMul", "MatMulInteger", "Gemm") and not flipped:
+            found.add(node.input[1].removesuffix(DECODED).removesuffix(CODES))
+    return found
+
+
 def codes_activations(graph: onnx.ModelProto) -> bool:
     """Whether the graph turns activations into codes, fixed or at run time."""
     return any(n.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for n in graph.graph.node)

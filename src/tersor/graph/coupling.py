@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.errors import ModelError
 from tersor.graph import movement, products, rules  # noqa: F401  they register what operations do
+from tersor.graph.attention import headed_
 from tersor.graph.groups import Coupling, Frozen, Group, Removed, grouped
 from tersor.graph.surgery import lines_of, removed
 from tersor.graph.trace import Choices, Tracer, run, watching
@@ -60,6 +61,7 @@ def coupled_groups(module: nn.Module, example: Any) -> Coupling:
 def label(module: nn.Module, example: Any, choices: Choices | None = None) -> Coupling:
     """The groups that one trace of a copy of `module` says there are; not proven."""
     twin = copy.deepcopy(module).eval()
+    headed_(twin)
     tracer = Tracer(twin, choices or {})
     try:
         tracer.run(example)
@@ -89,8 +91,9 @@ def _label_training(tracer: Tracer, twin: nn.Module, example: Any) -> bool:
 def masked(module: nn.Module, example: Any, found: Coupling, units: Removed) -> Any:
     """What `module` gives in eval mode when the values of the removed units are multiplied by zero just before each
     product or sum that reads them."""
-    if any(part.training for part in module.modules()):
+    if any(p.training or type(p) is nn.MultiheadAttention for p in module.modules()):
         module = copy.deepcopy(module).eval()
+        headed_(module)
     return Tracer(module, found.choices, found.nodes_of(units)).run(example)
 
 
@@ -98,6 +101,7 @@ def random_twin(module: nn.Module, seed: int = 0) -> nn.Module:
     """A float64 copy in eval mode with random parameters and batch-norm statistics of ordinary size: no trained zero
     hides a fault."""
     twin = copy.deepcopy(module).double().eval()
+    headed_(twin)
     generator = torch.Generator().manual_seed(seed)
 
     def fill(tensor: Tensor, scale: float, mean: float, uniform: bool = False) -> None:

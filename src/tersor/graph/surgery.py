@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersor.errors import ModelError
+from tersor.graph.attention import fit_heads_
 from tersor.graph.labels import Nodes, named_tensors
 from tersor.specs import LayerPlan
 
@@ -73,6 +74,7 @@ def removed(module: nn.Module, lines: Sequence[LayerPlan]) -> nn.Module:
     for line in lines:
         if line.layer in parts:
             _fit_(parts[line.layer], line)
+    fit_heads_(smaller)
     return smaller
 
 

@@ -183,7 +183,9 @@ def _candidates(module: nn.Module, spec: Prune, found: Coupling) -> list[Group]:
         made = [m.name for m in group.members if m.role == "output"]
         dims = {tensors[name].ndim > 2 for name in made if name in tensors}
         wanted = {"channel": True, "filter": dims == {True}, "neuron": dims == {False}}
-        if wanted[spec.structure] and not any(n.rpartition(".")[0] in skipped for n in made):
+        owners = {name.rpartition(".")[0] for name in made}
+        owners |= {f"{owner}.out_proj" for owner in owners}  # the layer that an attention goes by
+        if wanted[spec.structure] and not owners & skipped:
             groups.append(group)
     if not groups:
         raise ModelError(

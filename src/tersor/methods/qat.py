@@ -84,8 +84,8 @@ def train_quantized(
     names layers left in float, as for quantize. Input ranges start from `num_calibration` unlabelled
     calibration inputs by the registered `observer`. `teacher` (default: `module`) gives the logits for
     training.distill. Dropout is off: it scales up the inputs of a layer, beyond the range that evaluation
-    needs. At the end batch norm is re-estimated from the calibration inputs, augmented as in the training. Raises as `finetune` does,
-    SpecError for bits or patterns, ModelError for layers that cannot be trained.
+    needs. At the end batch norm is re-estimated from the calibration inputs, augmented as in the training.
+    Raises as `finetune` does, SpecError for bits or patterns, ModelError for layers that cannot be trained.
     """
     prepared = copy.deepcopy(module).cpu().eval()
     # Before the weights get steps: the folded layer's codes are those of every copy.

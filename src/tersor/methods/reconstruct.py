@@ -66,8 +66,9 @@ def reconstruct(
     `batches` are inputs (N, ...) float32; the values that live at one point of the network are held for
     all of them. `before` (by layer, bool, in the form (O, I, *kernel)) is what earlier prunings kept.
     `statistics` hands gradients to criteria that need them. Biases are fitted too, and batch norms
-    re-estimated, with images augmented by `augment` (as there). `precision` "bf16" runs the passes in bfloat16 where the processor has it. Raises
-    DataError for unusable inputs, ModelError for a layer with too many inputs.
+    re-estimated on images augmented by `augment` (see there). `precision` "bf16" runs the passes in bfloat16
+    where the processor has it. Raises DataError for unusable inputs, ModelError for a layer with too many
+    inputs.
     """
     inputs = input_chunks(batches)
     device = inputs[0].device

@@ -17,7 +17,7 @@ from tersor.artifact import Artifact
 from tersor.engines.load import available_cpus
 from tersor.engines.onnxruntime import inference_session
 from tersor.errors import DataError, ModelError
-from tersor.graph.constants import codes_activations, constant_values
+from tersor.graph.constants import codes_activations, constant_values, stored_by_inputs
 from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.graph.layers import WEIGHT_LAYERS
 from tersor.graph.stripes import whole_kernels
@@ -54,6 +54,7 @@ def restore(
     # half as large as normalised images: calibrated codes would cut more of it off
     noise = np.random.default_rng(0).normal(0, 0.5, (8, *shape)).astype(np.float32)
     values = whole_kernels(graph, changed, constant_values(graph))
+    values |= {name: values[name].T for name in _turned(changed, graph) & values.keys()}
     folds, _ = (
         fold_copies_(changed, torch.from_numpy(noise)) if _differs(changed, values) else ([], {})
     )
@@ -89,6 +90,13 @@ def _restructured(module: nn.Module, plan: Plan) -> nn.Module:
         return (restructured if plan.request.kind == "factorize" else shared)(module, plan)
     changes = any(line.action in ("remove", "bypass") for line in plan.layers)
     return removed(module, plan.layers) if changes else module
+
+
+def _turned(module: nn.Module, graph: Any) -> set[str]:
+    """The weights of linear layers that the graph holds as (inputs, outputs)."""
+    weights = {f"{n}.weight" for n, part in module.named_modules() if isinstance(part, nn.Linear)}
+    weights |= {n for n, _ in module.named_parameters() if n.endswith("in_proj_weight")}
+    return weights & stored_by_inputs(graph)
 
 
 def _differs(module: nn.Module, values: Mapping[str, Any]) -> bool:
