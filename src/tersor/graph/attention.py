@@ -21,7 +21,7 @@ class Heads(nn.MultiheadAttention):
     instance of torch's class by `headed_`, never by itself.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -75,7 +75,7 @@ class Heads(nn.MultiheadAttention):
 
     def _split(self, values: Tensor) -> Tensor:
         """(N, heads, length, head_dim)."""
-        return values.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return values.reshape(*values.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _mask(
         self, query: Tensor, heads: int, padding: Tensor | None, attention: Tensor | None
@@ -90,7 +90,7 @@ class Heads(nn.MultiheadAttention):
                         f"attn_mask has a mask for each of {attention.shape[0]} heads of all images; {heads} heads of "
                         f"{len(query)} images are left: give one mask (length, keys) for all"
                     )
-                found = found.unflatten(0, (len(query), heads))
+                found = found.reshape(len(query), heads, *found.shape[1:])
         if padding is not None:
             keys = _added(padding, query.dtype)[:, None, None]
             found = keys if found is None else found + keys

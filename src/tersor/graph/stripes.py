@@ -303,7 +303,7 @@ class _Split:
         told = [("starts", starts), ("ends", ends), ("axes", axes), ("steps", self.strides)]
         bounds = [self.constant(f"{name}.{word}", values) for word, values in told]
         seen = self.add("Slice", [source, *bounds], f"{name}.seen", [])
-        weight = self.weight[(slice(None), slice(None), *place)]
+        weight = self.weight.reshape(*self.weight.shape[:2], -1)[..., flat]
         bias: list[str] = []
         if filters is None:
             bias = list(self.node.input[2:3])
@@ -335,7 +335,7 @@ def _in_place(layer: nn.Module, held: Array, node: onnx.NodeProto) -> Array | No
     if held.ndim != len(shape) or held.shape[:2] != shape[:2]:
         return None
     pads, dilations = _ints(node, "pads", [0] * 2 * rank), _ints(node, "dilations", [1] * rank)
-    around = list(layer._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+    around = list(layer._reversed_padding_repeated_twice)
     boxes = []
     for axis in range(rank):
         before, step = around[-2 * axis - 2], dilations[axis] // layer.dilation[axis]
@@ -368,6 +368,6 @@ def _put_together_(
             or np.any(place >= np.array(shape[2:]))
         ):
             return  # of another network: told as missing
-        whole[(slice(None), slice(None), *place)] = rows[index]
+        whole.reshape(*shape[:2], -1)[..., np.ravel_multi_index(place, shape[2:])] = rows[index]
     if parts:
         values[f"{name}.weight"] = whole
