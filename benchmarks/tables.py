@@ -235,7 +235,7 @@ def speed(told):
     rows = told["rows"]
     lines = [
         [
-            row["network"],
+            row["network"].removeprefix(f"{told['model']}-"),
             row["numbers"],
             row["engine"],
             row["batch"],
@@ -280,7 +280,13 @@ def activity(told):
         f"factors ({zeros['num_images']} images), so that an engine that skipped them all would be "
         f"{zeros['potential_speedup']:.2f} times faster; the dense engines here gain nothing from it.\n\n"
         + table(["layer", "zeros read", "zeros in the gradient", "products that are zero"], layers)
-        + "\nWith more activations set to zero:\n\n"
+        + "\nTimes on the same images, interleaved, and with most activations set to zero (their selection costs more than "
+        "zeros save):\n\n"
+        + table(
+            ["form", "batch", "ms"],
+            [[row["form"], row["batch"], f"{row['median_ms']:.2f}"] for row in told["times"]],
+        )
+        + "\nAccuracy with more activations set to zero:\n\n"
         + table(["method", "share", "recovery", "accuracy", "difference"], lines)
     )
 
