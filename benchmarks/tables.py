@@ -280,8 +280,8 @@ def activity(told):
         f"factors ({zeros['num_images']} images), so that an engine that skipped them all would be "
         f"{zeros['potential_speedup']:.2f} times faster; the dense engines here gain nothing from it.\n\n"
         + table(["layer", "zeros read", "zeros in the gradient", "products that are zero"], layers)
-        + "\nTimes on the same images, interleaved, and with most activations set to zero (their selection costs more than "
-        "zeros save):\n\n"
+        + "\nTimes on the same images, interleaved, and with most activations set to zero (their selection costs more "
+        "than zeros save):\n\n"
         + table(
             ["form", "batch", "ms"],
             [[row["form"], row["batch"], f"{row['median_ms']:.2f}"] for row in told["times"]],
