@@ -222,7 +222,8 @@ def test_contexts_come_back_and_cost_what_their_tables_say(shape, spread, flags,
     means = rng.integers(-128, 128, 2).astype(np.int8)
     model = Model(max(1, int(np.abs(codes).max())), *flags, weights, means)
     bits, ideal = coded(codes, model, grid)
-    assert ideal - 1 <= bits <= 1.002 * ideal + 72
+    # an ANS coder may end early by what its first state is worth, and it ends on whole bytes
+    assert ideal - 32 <= bits <= 1.002 * ideal + 72
 
 
 def test_predictions_stay_whole_numbers_that_float32_holds():

@@ -72,8 +72,13 @@ Put = Callable[[int, int, int, Array], None]
 def code_grid(coder: Coder, grid: Grid, model: Model, codes: Array | None, put: Put | None) -> None:
     """Write `codes` (rows, positions, channels), whole numbers up to `model.largest` in magnitude, or
     read them and `put` them step by step."""
-    walk = _Walk(grid, model)
-    if model.cut:
+    walk_grid(Walk(grid, model), coder, codes, put)
+
+
+def walk_grid(walk: Walk, coder: Coder, codes: Array | None, put: Put | None) -> None:
+    """`code_grid` with a walk of the caller's."""
+    grid = walk.grid
+    if walk.model.cut:
         walk.cut(coder, codes)
     for start, end in grid.blocks():
         walk.begin(end - start)
@@ -86,7 +91,7 @@ def code_grid(coder: Coder, grid: Grid, model: Model, codes: Array | None, put: 
         coder.boundary()
 
 
-class _Walk:
+class Walk:
     """The state that both sides keep in step."""
 
     def __init__(self, grid: Grid, model: Model) -> None:
@@ -140,13 +145,7 @@ class _Walk:
             told = None if known is None else known.any(axis=1)
             self.live = coder.symbols(self.stripes, index, told).astype(np.int64)
             self.stripes.update(index, self.live)
-        predicted = self.predict(position)
-        level = np.abs(predicted).astype(np.int64) >> 3
-        level = self.prediction_level.take(np.minimum(level, len(self.prediction_level) - 1))
-        row_term, channel_term = self.active.terms(position)
-        index = _scales(row_term + self.flag_offset, channel_term, FLAG_SCALES)
-        index += (4 * FLAG_SCALES * self.energy_level).take(self.energy(position))
-        index += (FLAG_SCALES * _FLAG_LEVEL).take(level)
+        index, predicted, level = self.contexts(position)
         flat = None if known is None else known.ravel()
         lanes = self.flagged(coder, position, index, None if flat is None else flat != 0)
         values = np.zeros(index.size, np.int32)
@@ -156,6 +155,17 @@ class _Walk:
         )
         self.take(position, values.reshape(shape))
         return values.reshape(shape)
+
+    def contexts(self, position: int) -> tuple[Ints, Array, Array]:
+        """(rows * channels,) each: the context of "is it 0", the prediction and its level."""
+        predicted = self.predict(position)
+        level = np.abs(predicted).astype(np.int64) >> 3
+        level = self.prediction_level.take(np.minimum(level, len(self.prediction_level) - 1))
+        row_term, channel_term = self.active.terms(position)
+        index = _scales(row_term + self.flag_offset, channel_term, FLAG_SCALES)
+        index += (4 * FLAG_SCALES * self.energy_level).take(self.energy(position))
+        index += (FLAG_SCALES * _FLAG_LEVEL).take(level)
+        return index, predicted, level
 
     def flagged(self, coder: Coder, position: int, index: Ints, known: Array | None) -> Array:
         """The places (n,) of the codes that are not 0."""
@@ -177,10 +187,7 @@ class _Walk:
         below = predicted < 0
         signs = coder.symbols(self.signs, level, None if known is None else (known < 0) ^ below)
         self.signs.update(level, signs)
-        row_term, channel_term = self.extent.terms(position)
-        offset = _HALF * SIZE_ONE - ONE * OCTAVE + _HALF // 2
-        index = _scales(row_term + offset, channel_term, SIZE_SCALES).take(lanes)
-        index += (SIZE_SCALES * _SIZE_LEVEL).take(len(_SIZE_LEVEL) // 2 * signs + level)
+        index = self.extents(position).take(lanes) + size_contexts(signs, level)
         wanted = (None, None) if known is None else size_symbols(np.abs(known))
         sizes = coder.symbols(self.sizes, index, wanted[0])
         self.sizes.update(index, sizes)
@@ -189,6 +196,12 @@ class _Walk:
         rest = None if wanted[1] is None else wanted[1][wide]
         magnitudes[wide] += coder.uniform(widths[wide], rest)
         return np.where((signs == 1) ^ below, -magnitudes, magnitudes)
+
+    def extents(self, position: int) -> Ints:
+        """(rows * channels,): the classes of the size that is expected."""
+        row_term, channel_term = self.extent.terms(position)
+        offset = _HALF * SIZE_ONE - ONE * OCTAVE + _HALF // 2
+        return _scales(row_term + offset, channel_term, SIZE_SCALES)
 
     def predict(self, position: int) -> Array:
         """(rows * channels,) in 1/PREDICTION_PARTS. Whole numbers below 2^24 throughout, which
@@ -247,6 +260,17 @@ def size_symbols(magnitudes: Array) -> tuple[Array, Array]:
     each is."""
     symbols = np.searchsorted(_FIRST, magnitudes, side="right") - 1
     return symbols, magnitudes - _FIRST[symbols]
+
+
+def widths_of(symbols: Any) -> Any:
+    """How many magnitudes each symbol of `size_symbols` stands for."""
+    return _WIDTH[symbols]
+
+
+def size_contexts(signs: Array, level: Array) -> Ints:
+    """What a sign (1 where it is not as predicted) and the prediction's level add to the class of the
+    size that is expected."""
+    return (SIZE_SCALES * _SIZE_LEVEL).take(len(_SIZE_LEVEL) // 2 * signs + level)
 
 
 def _scales(row_term: Ints, channel_term: Ints, number: int) -> Ints:
