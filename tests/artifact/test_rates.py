@@ -36,9 +36,9 @@ def test_codes_chosen_by_their_length_make_a_smaller_file():
     codes = codes_of(2, (64, 48, 3, 3), 2.0)
     weights = codes + np.random.default_rng(3).uniform(-0.5, 0.5, codes.shape)
     values = np.arange(-7, 8)
-    cost = (weights[None] - values.reshape(-1, 1, 1, 1, 1)) ** 2 + 0.3 * code_lengths(codes, values)
+    cost = (weights[None] - values.reshape(-1, 1, 1, 1, 1)) ** 2 + code_lengths(codes, values)
     chosen = values[cost.argmin(axis=0)].astype(np.int8)
-    assert coded_bytes(chosen) < 0.95 * coded_bytes(codes)
+    assert coded_bytes(chosen) < 0.9 * coded_bytes(codes)
 
 
 def test_tensors_without_contexts_are_rated_by_frequency():
