@@ -16,6 +16,7 @@ from torch import nn
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.methods.finetune import Progress, finetune
+from tersor.methods.restore import Array, unheld
 from tersor.pipeline import (
     Compressed,
     deployment_graph,
@@ -32,12 +33,14 @@ STEPS = (Prune, Factorize, Share, Finetune, Quantize)
 
 @dc.dataclass(frozen=True, eq=False)
 class Made:
-    """What a recipe made: the deployment graph, the network behind it (before it was quantized), and
-    the plan of its last step, which holds those before; None for a recipe that trains alone."""
+    """What a recipe made: the deployment graph, the network behind it (before it was quantized), the
+    plan of its last step, which holds those before (None for a recipe that trains alone), and what
+    the graph does not hold of the network, by name."""
 
     graph: onnx.ModelProto
     module: nn.Module
     plan: Plan | None
+    state: dict[str, Array]
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -84,7 +87,8 @@ def run_recipe(
         place = None if checkpoints is None else checkpoints / f"step_{number + 1}.checkpoint"
         if isinstance(step, Quantize):
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
-            return Made(quantized.graph, current, quantized.plan.after(tuple(plans)))
+            state = unheld(quantized.module or current, quantized.graph)
+            return Made(quantized.graph, current, quantized.plan.after(tuple(plans)), state)
         if isinstance(step, Finetune):
             teacher = module if step.needs_teacher else None
             current = finetune(
@@ -102,7 +106,8 @@ def run_recipe(
         plans.append(changed.plan)
         masks |= _zeros(current, changed.plan)
     graph = deployment_graph(current, splits.input_shape)
-    return Made(graph, current, plans[-1].after(tuple(plans[:-1])) if plans else None)
+    plan = plans[-1].after(tuple(plans[:-1])) if plans else None
+    return Made(graph, current, plan, unheld(current, graph))
 
 
 def _changed(module: nn.Module, splits: Splits, step: Spec, seed: int) -> Compressed:

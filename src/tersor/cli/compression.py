@@ -154,6 +154,7 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
     """`change`, with what follows it."""
 
     def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
+        from tersor.methods.restore import unheld
         from tersor.pipeline import deployment_graph
         from tersor.recipe import Made
 
@@ -164,7 +165,8 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
             recovery=recovery.training(seed),
             on_progress=training_watch(watch, "fine-tune"),
         )
-        return Made(deployment_graph(found.module, splits.input_shape), found.module, found.plan)
+        graph = deployment_graph(found.module, splits.input_shape)
+        return Made(graph, found.module, found.plan, unheld(found.module, graph))
 
     return make
 
@@ -198,7 +200,7 @@ class _Task:
         with watching() as watch:
             made = make(module, splits, watch)
         provenance = {"data": splits.name, "model": self.model}
-        size = write(made.graph, target, plan=made.plan, provenance=provenance)
+        size = write(made.graph, target, plan=made.plan, provenance=provenance, state=made.state)
         if kept is not None:
             save_weights(made.module, kept)
         plan = made.plan or Plan(Recipe(()))  # a recipe that trains alone has decided nothing

@@ -132,14 +132,11 @@ def export(
     subject = resolve(model, weights=weights, num_classes=num_classes)
     graph = subject.graph(input_shape)
     if to == "tersor":
-        size = write(graph, target, provenance={"model": model})
+        size = write(graph, target, provenance={"model": model}, state=subject.state(graph))
     elif to == "openvino":
         size = _write_openvino(graph, target)
     else:
-        if to == "onnx":
-            data = graph.SerializeToString()
-        else:
-            data = _tensors(graph, {} if subject.artifact is None else subject.artifact.state())
+        data = graph.SerializeToString() if to == "onnx" else _tensors(graph, subject.state(graph))
         write_whole(target, [data], len(data))
         size = len(data)
     say(output, f"wrote {target}, {size:,} bytes")

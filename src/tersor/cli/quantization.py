@@ -93,7 +93,9 @@ def quantize(
         where = (engine, batch, threads)
         quantized, choice = _chosen(quantized, graph, splits, request, where, output)
     provenance = {"model": model, "data": None if splits is None else splits.name}
-    size = write(quantized.graph, target, plan=quantized.plan, provenance=provenance)
+    held = dc.replace(subject, module=quantized.module or subject.module)
+    state = held.state(quantized.graph)
+    size = write(quantized.graph, target, plan=quantized.plan, provenance=provenance, state=state)
     answer = told(output, target, size, quantized.plan)
     shares = quantized.coverage.to_dict()
     macs, weights_covered = shares["macs_share"], shares["bytes_share"]
