@@ -314,10 +314,11 @@ def coding(told):
     header = ["network", "form", "not 0", "bits a weight", "bytes", "ideal", "best table", *others]
     return (
         "## Coding of weights\n\n"
-        "Weights of the trained networks, pruned by magnitude and coded by Tersor's grids; bytes with all that decoding "
-        "needs. Percent are Tersor's bytes more (+) or less (−) than: an ideal coder under the same model; the best of ideal "
-        "coders with one table a tensor, one a row, one a class of row and column; the others on the same codes (Huffman as "
-        "in Deep Compression). M weights a second decoded by one thread, as stored and with static tables "
+        "Weights of the trained networks, pruned by magnitude and coded by Tersor's grids; bytes with all that "
+        "decoding needs. Percent are Tersor's bytes more (+) or less (−) than: an ideal coder under the same model; "
+        "the best of ideal coders with one table a tensor, one a row, one a class of row and column; the others on "
+        "the same codes (Huffman as in Deep Compression). M weights a second decoded by one thread, as stored and "
+        "with static tables "
         f"(`quick`). {where(told)}.\n\n"
         + table([*header, "M/s", "M/s static"], lines)
         + "\nOf these the tensors of which at most a tenth is not 0:\n\n"

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, Watch, say, training_watch, watching
-from tersor.cli.targets import coverage, told, writable
+from tersor.cli.targets import coverage, provenance, told, writable
 from tersor.specs import Factorize, Finetune, Plan, Prune, Recipe
 
 if TYPE_CHECKING:  # slow to import, and only named here
@@ -199,8 +199,8 @@ class _Task:
         splits = load_data(self.data)
         with watching() as watch:
             made = make(module, splits, watch)
-        provenance = {"data": splits.name, "model": self.model}
-        size = write(made.graph, target, plan=made.plan, provenance=provenance, state=made.state)
+        whence = provenance(self.model, splits.name)
+        size = write(made.graph, target, plan=made.plan, provenance=whence, state=made.state)
         if kept is not None:
             save_weights(made.module, kept)
         plan = made.plan or Plan(Recipe(()))  # a recipe that trains alone has decided nothing

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Model, Weights
 from tersor.cli.output import Output, say, show_table
-from tersor.cli.targets import picture, writable
+from tersor.cli.targets import picture, provenance, writable
 from tersor.errors import SpecError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def export(
     subject = resolve(model, weights=weights, num_classes=num_classes)
     graph = subject.graph(input_shape)
     if to == "tersor":
-        size = write(graph, target, provenance={"model": model}, state=subject.state(graph))
+        size = write(graph, target, provenance=provenance(model, None), state=subject.state(graph))
     elif to == "openvino":
         size = _write_openvino(graph, target)
     else:
