@@ -182,11 +182,11 @@ def finetuned(told):
     first = rows[0]
     text = (
         "## Pruned and trained\n\n"
-        f"{first['data']}, n = {first['num_samples']:,}, seed {first['seed']}; difference to the float network in points "
-        "with its paired 95 % interval. Every form is trained by the same loop and recipe, from the float network's "
-        "outputs and the labels. A form is structure/criterion/scope/target (fit: what stays is fitted to the original's "
-        "outputs before); torch_pruning is the tool of that name. MACs and parameters are what is left; seconds are "
-        "those of pruning alone, on one thread beside other work.\n\n"
+        f"{first['data']}, n = {first['num_samples']:,}, seed {first['seed']}; difference to the float network in "
+        "points with its paired 95 % interval. Every form is trained by the same loop and recipe, from the float "
+        "network's outputs and the labels. A form is structure/criterion/scope/target (fit: what stays is fitted to "
+        "the original's outputs before); torch_pruning is the tool of that name. MACs and parameters are what is left; "
+        "seconds are those of pruning alone, on one thread beside other work.\n\n"
         + table(
             [
                 "network",
@@ -247,8 +247,8 @@ def speed(told):
     ]
     return (
         "## Time of pruned networks\n\n"
-        f"{told['model']}, {rows[0]['threads']} threads, all networks interleaved in one process, median milliseconds of "
-        f"one batch, and how many times faster than the float network's graph on the same engine in the same numbers. "
+        f"{told['model']}, {rows[0]['threads']} threads, all networks interleaved in one process, median milliseconds "
+        "of one batch, and how many times faster than the float network on the same engine in the same numbers. "
         f"{where(told)}.\n\n"
         + table(["network", "numbers", "engine", "batch", "ms", "times faster"], lines)
     )

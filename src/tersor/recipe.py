@@ -70,7 +70,7 @@ def run_recipe(
 
     Batch norm is re-estimated from calibration inputs after each step that changes weights; weights
     that were set to zero stay zero in later trainings; a training that distils learns from `module`
-    as it was given. With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError
+    as it was given. A training that follows a pruning of several rounds is done after each of them. With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError
     for an order that cannot be, before any work.
     """
     _check_order(recipe.steps)
@@ -85,11 +85,14 @@ def run_recipe(
                 on_progress(named, progress)
 
         place = None if checkpoints is None else checkpoints / f"step_{number + 1}.checkpoint"
+        between = _between(recipe.steps, number)
         if isinstance(step, Quantize):
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
             state = unheld(quantized.module or current, quantized.graph)
             return Made(quantized.graph, current, quantized.plan.after(tuple(plans)), state)
         if isinstance(step, Finetune):
+            if number and _between(recipe.steps, number - 1) is step:
+                continue  # done, after each round
             teacher = module if step.needs_teacher else None
             current = finetune(
                 current,
@@ -101,7 +104,21 @@ def run_recipe(
                 on_progress=told,
             ).module
             continue
-        changed = _changed(current, splits, step, recipe.seed)
+        if between is None:
+            changed = _changed(current, splits, step, recipe)
+        else:
+            assert isinstance(step, Prune), "what has rounds"
+            changed = prune_model(
+                current,
+                splits,
+                step,
+                augment=recipe.augment,
+                recovery=between,
+                teacher=module,
+                checkpoint=place,
+                on_progress=told,
+                seed=recipe.seed,
+            )
         current = changed.module
         plans.append(changed.plan)
         masks |= _zeros(current, changed.plan)
@@ -110,13 +127,22 @@ def run_recipe(
     return Made(graph, current, plan, unheld(current, graph))
 
 
-def _changed(module: nn.Module, splits: Splits, step: Spec, seed: int) -> Compressed:
+def _between(steps: Sequence[Spec], number: int) -> Finetune | None:
+    """The training after each round of step `number`: the step that follows a pruning of several."""
+    step, following = steps[number], steps[number + 1 : number + 2]
+    if isinstance(step, Prune) and step.rounds > 1 and following:
+        return following[0] if isinstance(following[0], Finetune) else None
+    return None
+
+
+def _changed(module: nn.Module, splits: Splits, step: Spec, recipe: Recipe) -> Compressed:
+    seed, augment = recipe.seed, recipe.augment
     if isinstance(step, Prune):
-        return prune_model(module, splits, step, seed=seed)
+        return prune_model(module, splits, step, augment=augment, seed=seed)
     if isinstance(step, Factorize):
-        return factorize_model(module, splits, step)
+        return factorize_model(module, splits, step, augment=augment)
     assert isinstance(step, Share), "the order was checked"
-    return share_model(module, splits, step, seed=seed)
+    return share_model(module, splits, step, augment=augment, seed=seed)
 
 
 def _zeros(module: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:

@@ -132,7 +132,8 @@ def export(
     subject = resolve(model, weights=weights, num_classes=num_classes)
     graph = subject.graph(input_shape)
     if to == "tersor":
-        size = write(graph, target, provenance=provenance(model, None), state=subject.state(graph))
+        whence, state = provenance(model, None), subject.state(graph)
+        size = write(graph, target, plan=subject.plan, provenance=whence, state=state)
     elif to == "openvino":
         size = _write_openvino(graph, target)
     else:

@@ -94,8 +94,13 @@ def quantize(
         quantized, choice = _chosen(quantized, graph, splits, request, where, output)
     whence = provenance(model, None if splits is None else splits.name)
     held = dc.replace(subject, module=quantized.module or subject.module)
-    state = held.state(quantized.graph)
-    size = write(quantized.graph, target, plan=quantized.plan, provenance=whence, state=state)
+    size = write(
+        quantized.graph,
+        target,
+        plan=quantized.plan.after(() if subject.plan is None else (subject.plan,)),
+        provenance=whence,
+        state=held.state(quantized.graph),
+    )
     answer = told(output, target, size, quantized.plan)
     shares = quantized.coverage.to_dict()
     macs, weights_covered = shares["macs_share"], shares["bytes_share"]

@@ -21,6 +21,7 @@ from tersor.errors import DataError, ModelError
 from tersor.graph.constants import Array, codes_activations, constant_values, right_factors
 from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.graph.layers import WEIGHT_LAYERS
+from tersor.graph.stripes import whole_kernels
 from tersor.graph.surgery import removed
 from tersor.methods.factorize import restructured
 from tersor.methods.share import restructured as shared
@@ -53,7 +54,7 @@ def restore(
     shape = [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim][1:]
     # half as large as normalised images: calibrated codes would cut more of it off
     noise = np.random.default_rng(0).normal(0, 0.5, (8, *shape)).astype(np.float32)
-    values = {**artifact.state(), **constant_values(graph)}
+    values = {**artifact.state(), **whole_kernels(graph, changed, constant_values(graph))}
     folds, _ = (
         fold_copies_(changed, torch.from_numpy(noise)) if _differs(changed, values) else ([], {})
     )
@@ -75,7 +76,7 @@ def unheld(module: nn.Module, graph: onnx.ModelProto) -> dict[str, Array]:
     Left out is what `restore` finds again: batch norms folded into the layers before them, biases of
     zeros, counters.
     """
-    values = constant_values(graph)
+    values = whole_kernels(graph, module, constant_values(graph))
     folded = {
         f"{name}.{key}"
         for name, part in module.named_modules()
@@ -93,14 +94,20 @@ def unheld(module: nn.Module, graph: onnx.ModelProto) -> dict[str, Array]:
     return found
 
 
-def plans_of(artifact: Artifact) -> list[Plan]:
-    """The plans of a file in the order they were applied; none where it holds none."""
+def plan_of(artifact: Artifact) -> Plan | None:
+    """The plan that made a file, which holds those before it; None where the file holds none."""
     if not artifact.plan:
-        return []
+        return None
     plan = from_dict(artifact.plan)
     if not isinstance(plan, Plan):
         raise ModelError(f"the file's plan is of kind {plan.kind!r}; expected plan")
-    return [*plan.earlier, plan]
+    return plan
+
+
+def plans_of(artifact: Artifact) -> list[Plan]:
+    """The plans of a file in the order they were applied; none where it holds none."""
+    last = plan_of(artifact)
+    return [] if last is None else [*last.earlier, last]
 
 
 def _restructured(module: nn.Module, plan: Plan) -> nn.Module:
