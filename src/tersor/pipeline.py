@@ -32,7 +32,7 @@ from tersor.methods import share as sharing
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import augmentation_of, reestimate_batch_norm
-from tersor.methods.restore import plan_of
+from tersor.methods.restore import plan_of, unheld
 from tersor.methods.schedules import prune_gradually, remove_gradually
 from tersor.models.load import load_model
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Share
@@ -67,6 +67,13 @@ class Subject:
             return self.artifact.to_onnx()
         assert self.module is not None, "a subject is a module or an artifact"
         return deployment_graph(self.module, input_shape, fold_copies=fold_copies)
+
+    def state(self, graph: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
+        """What `graph`, made of this model, does not hold of the network, by name."""
+        if self.artifact is not None:
+            return self.artifact.state()
+        assert self.module is not None, "a subject is a module or an artifact"
+        return unheld(self.module, graph)
 
     @property
     def plan(self) -> Plan | None:
@@ -337,8 +344,10 @@ def write(
     *,
     plan: Plan | None = None,
     provenance: dict[str, Any] | None = None,
+    state: dict[str, npt.NDArray[Any]] | None = None,
 ) -> int:
-    """Pack a deployment graph into a `.tersor` file; returns its bytes on disk."""
+    """Pack a deployment graph into a `.tersor` file; returns its bytes on disk. `state` is what the
+    graph does not hold of its network, by name (see `Subject.state`)."""
     told = {"tersor": importlib.metadata.version("tersor"), **(provenance or {})}
-    artifact = pack(graph, plan=None if plan is None else plan.to_dict(), provenance=told)
-    return save(artifact, path)
+    decided = None if plan is None else plan.to_dict()
+    return save(pack(graph, plan=decided, provenance=told, state=state), path)

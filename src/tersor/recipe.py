@@ -15,7 +15,9 @@ from torch import nn
 
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
+from tersor.graph.constants import Array
 from tersor.methods.finetune import Progress, finetune
+from tersor.methods.restore import unheld
 from tersor.pipeline import (
     Compressed,
     deployment_graph,
@@ -32,12 +34,14 @@ STEPS = (Prune, Factorize, Share, Finetune, Quantize)
 
 @dc.dataclass(frozen=True, eq=False)
 class Made:
-    """What a recipe made: the deployment graph, the network behind it (before it was quantized), and
-    the plan of its last step, which holds those before; None for a recipe that trains alone."""
+    """What a recipe made: the deployment graph, the network behind it (before it was quantized), the
+    plan of its last step, which holds those before (None for a recipe that trains alone), and what
+    the graph does not hold of the network, by name."""
 
     graph: onnx.ModelProto
     module: nn.Module
     plan: Plan | None
+    state: dict[str, Array]
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -86,7 +90,8 @@ def run_recipe(
         between = _between(recipe.steps, number)
         if isinstance(step, Quantize):
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
-            return Made(quantized.graph, current, quantized.plan.after(tuple(plans)))
+            state = unheld(quantized.module or current, quantized.graph)
+            return Made(quantized.graph, current, quantized.plan.after(tuple(plans)), state)
         if isinstance(step, Finetune):
             if number and _between(recipe.steps, number - 1) is step:
                 continue  # done, after each round
@@ -120,7 +125,8 @@ def run_recipe(
         plans.append(changed.plan)
         masks |= _zeros(current, changed.plan)
     graph = deployment_graph(current, splits.input_shape)
-    return Made(graph, current, plans[-1].after(tuple(plans[:-1])) if plans else None)
+    plan = plans[-1].after(tuple(plans[:-1])) if plans else None
+    return Made(graph, current, plan, unheld(current, graph))
 
 
 def _between(steps: Sequence[Spec], number: int) -> Finetune | None:

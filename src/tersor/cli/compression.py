@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, Watch, say, training_watch, watching
-from tersor.cli.targets import coverage, told, writable
+from tersor.cli.targets import coverage, provenance, told, writable
 from tersor.errors import RunError
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe
 
@@ -163,6 +163,7 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
     """`change`, with what follows it."""
 
     def make(module: nn.Module, splits: Splits, watch: Watch, steps: pathlib.Path) -> Made:
+        from tersor.methods.restore import unheld
         from tersor.pipeline import deployment_graph
         from tersor.recipe import Made
 
@@ -175,7 +176,8 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
             checkpoint=steps / "training.checkpoint",
             on_progress=training_watch(watch, "fine-tune"),
         )
-        return Made(deployment_graph(found.module, splits.input_shape), found.module, found.plan)
+        graph = deployment_graph(found.module, splits.input_shape)
+        return Made(graph, found.module, found.plan, unheld(found.module, graph))
 
     return make
 
@@ -236,8 +238,8 @@ class _Task:
         with watching() as watch, _steps(target, asked) as steps:
             made = make(module, splits, watch, steps)
         split = _split_where_faster(made.graph, request) if measure else []
-        provenance = {"data": splits.name, "model": self.model}
-        size = write(made.graph, target, plan=made.plan, provenance=provenance)
+        whence = provenance(self.model, splits.name)
+        size = write(made.graph, target, plan=made.plan, provenance=whence, state=made.state)
         if kept is not None:
             save_weights(made.module, kept)
         shutil.rmtree(steps)

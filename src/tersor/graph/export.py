@@ -157,7 +157,7 @@ def _user_line(text: str, causes: list[BaseException]) -> str:
 
 
 def _name_weights_(graph: onnx.ModelProto, module: nn.Module) -> None:
-    """Give back to folded biases and transposed linear weights the names of their layers."""
+    """Give back to folded biases and transposed matrices the names they have in the module."""
     initializers = {i.name: i for i in graph.graph.initializer}
     renamed: dict[str, str] = {}
     matrices = {
