@@ -18,6 +18,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Budget": "specs",
     "Factorize": "specs",
     "Finetune": "specs",
     "Plan": "specs",

@@ -1,10 +1,11 @@
 """What the user asks for: frozen, comparable, JSON round trip, no tensors.
 
-A spec is a request (`Prune`, `Quantize`, `Factorize`, `Share`, `Finetune`, `Recipe`); a `Plan` is the
+A spec is a request (`Prune`, `Quantize`, `Factorize`, `Share`, `Finetune`, `Recipe`, `Budget`); a `Plan` is the
 answer of a method: one decision per layer, which can be printed, saved and applied again to a fresh
 instance.
 """
 
+from tersor.specs.budget import Budget
 from tersor.specs.factorize import Factorize
 from tersor.specs.finetune import Finetune
 from tersor.specs.plan import LayerPlan, Plan, Recipe
@@ -17,6 +18,7 @@ __all__ = [
     "GRANULARITIES",
     "KINDS",
     "WEIGHT_CODES",
+    "Budget",
     "Factorize",
     "Finetune",
     "LayerPlan",
