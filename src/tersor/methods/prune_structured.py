@@ -70,13 +70,13 @@ def plan(
     """
     if spec.structure == "block":
         _refuse_unused(spec)
-        _require_finite(module)
+        require_finite(module)
         shape = image_shape(example, "prune.structure='block'")
         images = calibration_images(inputs, shape, NUM_IMAGES, "prune.structure='block'")
         return plan_blocks(module, spec, example, images)
     found = found if found is not None else coupled_groups(module, example)
     units = chosen_units(module, spec, example, found, inputs=inputs, labels=labels, seed=seed)
-    return _written(module, spec, found, units)
+    return written(module, spec, found, units)
 
 
 def chosen_units(
@@ -91,8 +91,8 @@ def chosen_units(
 ) -> Units:
     """The units of each group of `found` that go; as `plan`."""
     _refuse_unused(spec)
-    _require_finite(module)
-    groups = _candidates(module, spec, found)
+    require_finite(module)
+    groups = candidates(module, spec, found)
     needs, images = UNIT_CRITERIA[spec.criterion].needs, None
     if needs or spec.scope == "auto":
         reader = "prune.scope='auto'" if spec.scope == "auto" else f"criterion {spec.criterion!r}"
@@ -101,7 +101,7 @@ def chosen_units(
     if needs and images is not None:
         given = first_labels(labels, len(images))
         statistics = unit_statistics(module, images, given, gradients=needs == "effects", seed=seed)
-    ranked = _Ranked(spec, groups, scores_of(module, groups, spec, statistics, seed))
+    ranked = Ranked(spec, groups, scores_of(module, groups, spec, statistics, seed))
     if spec.scope == "auto":
         assert images is not None
         return _automatic(module, spec, found, ranked, Trials(module, images))
@@ -149,7 +149,7 @@ def _refuse_unused(spec: Prune) -> None:
         )
 
 
-def _require_finite(module: nn.Module) -> None:
+def require_finite(module: nn.Module) -> None:
     """A NaN would rank anywhere."""
     bad = [
         name
@@ -167,7 +167,7 @@ def _skipped(module: nn.Module, spec: Prune) -> set[str]:
     return excluded_layers([name for name, _ in weight_layers(module)], spec.exclude)
 
 
-def _candidates(module: nn.Module, spec: Prune, found: Coupling) -> list[Group]:
+def candidates(module: nn.Module, spec: Prune, found: Coupling) -> list[Group]:
     """The groups that may lose units."""
     skipped, tensors = _skipped(module, spec), dict(module.named_parameters())
     groups = []
@@ -239,7 +239,7 @@ def _values(
     return UnitValues(group.num_units, outputs, inputs, scales, norms, effects)
 
 
-class _Ranked:
+class Ranked:
     """Units of every group from the lowest saliency up, within what the request leaves of each."""
 
     def __init__(
@@ -275,7 +275,7 @@ class _Ranked:
         return kept
 
 
-def _within_macs(found: Coupling, macs: float, ranked: _Ranked) -> Units:
+def _within_macs(found: Coupling, macs: float, ranked: Ranked) -> Units:
     """The smallest share of units whose removal leaves at most the share `macs` of the multiplications."""
     whole = found.macs()
     limit = macs * whole
@@ -293,7 +293,7 @@ def _within_macs(found: Coupling, macs: float, ranked: _Ranked) -> Units:
 
 
 def _automatic(
-    module: nn.Module, spec: Prune, found: Coupling, ranked: _Ranked, trials: Trials
+    module: nn.Module, spec: Prune, found: Coupling, ranked: Ranked, trials: Trials
 ) -> Units:
     """Scope "auto": see `plan`."""
     harms = group_harms(module, ranked.groups, found, ranked.lowest, trials)
@@ -321,7 +321,7 @@ def _automatic(
     return within_bound(by_macs, measured, spec.distance or KL_BOUND, least)
 
 
-def _written(module: nn.Module, spec: Prune, found: Coupling, units: Units) -> Plan:
+def written(module: nn.Module, spec: Prune, found: Coupling, units: Units) -> Plan:
     """What goes, and of every other layer why it keeps its outputs."""
     lines, skipped = list(lines_of(module, found.kept(units))), _skipped(module, spec)
     changed = {line.layer: line for line in lines}
