@@ -1,10 +1,12 @@
 """The `.tersor` file: one network and its provenance in one file that holds data, never code.
 
-numpy and onnx only: this room never imports torch. The layout is described in `docs/format.md`.
+numpy, onnx and constriction only: this room never imports torch. The layout is described in
+`docs/format.md`.
 """
 
+from tersor.artifact.artifact import Artifact, pack
 from tersor.artifact.encodings import ENCODINGS
-from tersor.artifact.format import FORMAT_VERSION, Artifact, load, pack, save
+from tersor.artifact.format import FORMAT_VERSION, load, save
 from tersor.artifact.inspection import inspect, inspect_file
 
 __all__ = [

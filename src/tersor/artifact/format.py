@@ -1,83 +1,69 @@
-"""pack, save and load: an ONNX graph as an `Artifact`, and an `Artifact` as a `.tersor` file.
+"""save and load: an `Artifact` as a `.tersor` file.
 
     0   magic (8 bytes)
-    8   format version (u32), header bytes (u32), total bytes (u64), little-endian
-    24  SHA-256 of bytes 0..24 and the header
-    56  header, skeleton, tensors in order of name
+    8   format version (u32), bytes of the packed header (u32), of the file (u64), little-endian
+    24  SHA-256 of bytes 0..24 and the packed header
+    56  packed header, skeleton, tensors in the graph's order, tensors of the state
 
 `docs/format.md` describes the format for other readers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import hashlib
-import json
 import os
 import pathlib
 import struct
+from collections.abc import Iterator, Sequence
 from io import FileIO
-from typing import Any
 
-import numpy as np
-import onnx
-from onnx import numpy_helper
-
+from tersor.artifact import derived, version1
 from tersor.artifact import skeleton as skeletons
-from tersor.artifact.encodings import DTYPES, ENCODINGS, Array, smallest_encoding
-from tersor.artifact.header import (
+from tersor.artifact.artifact import (
+    ELEMENTS_A_STEP,
+    FREE_STEPS,
+    Artifact,
+    Kinds,
+    check_consistent,
+    in_order,
+    initializer_kinds,
+    num_elements,
+    read_only,
+    type_name,
+)
+from tersor.artifact.checks import (
     MAX_DECODED_BYTES,
     MAX_HEADER_BYTES,
-    MAX_TENSORS,
+    check_name,
+    check_shape,
+    shown,
+)
+from tersor.artifact.columns import collapse, expand
+from tersor.artifact.encoding import DTYPES, Array, Steps, count, smallest
+from tersor.artifact.encodings import ENCODINGS
+from tersor.artifact.header import (
     Header,
     SkeletonEntry,
-    TensorEntry,
-    canonical_json,
-    check_name,
-    check_plain,
-    check_shape,
-    digest_of,
+    groups,
     read_header,
-    shown,
+    squeeze,
+    unsqueeze,
     write_header,
 )
 from tersor.artifact.storage import open_regular, read_exactly, write_whole
-from tersor.errors import ArtifactError, ModelError
+from tersor.errors import ArtifactError
 
 MAGIC = b"\x89TERSOR\n"  # not ASCII, not UTF-8, and broken by a change of line ends
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _START = struct.Struct("<8sIIQ")
 PROLOGUE_BYTES = _START.size + 32
+# What a file may decode to and take while it is read, without its reader saying more.
+FREE_BYTES, BYTES_A_BYTE = 56 << 20, 32
+DIGEST_DIGITS = 16
 
-_ONNX_NAMES = {"float32": "FLOAT", "float64": "DOUBLE"}
-_ONNX_TYPES = {
-    int(onnx.TensorProto.DataType.Value(_ONNX_NAMES.get(name, name.upper()))): name
-    for name in DTYPES
-}
-
-
-@dc.dataclass(frozen=True, eq=False)
-class Artifact:
-    """A network ready to be stored and run: data only.
-
-    `skeleton` is a serialized onnx.ModelProto whose initializers keep name, type and shape but no
-    data; `tensors` holds their data by name, sorted (read-only arrays of a type in DTYPES);
-    `encodings` the name of each tensor's encoding in the file. `plan` and `provenance` are JSON
-    objects.
-    """
-
-    skeleton: bytes
-    tensors: dict[str, Array]
-    encodings: dict[str, str]
-    plan: dict[str, Any]
-    provenance: dict[str, Any]
-
-    def to_onnx(self) -> onnx.ModelProto:
-        """The graph with its initializers put back, bit for bit (each as `raw_data`)."""
-        model: onnx.ModelProto = onnx.ModelProto.FromString(self.skeleton)
-        for tensor in model.graph.initializer:
-            tensor.raw_data = _in_order(self.tensors[tensor.name]).tobytes()
-        return model
+Section = bytes | memoryview
 
 
 @dc.dataclass(frozen=True)
@@ -91,98 +77,98 @@ class FileSizes:
     tensor_bytes: int
 
 
-def pack(
-    graph: onnx.ModelProto,
-    *,
-    plan: dict[str, Any] | None = None,
-    provenance: dict[str, Any] | None = None,
-) -> Artifact:
-    """Move the initializers of `graph` (left untouched) into tensors and choose each one's
-    smallest encoding.
-
-    `plan` and `provenance` are JSON objects and come back from `load` as they are stored (tuples
-    as lists). Raises ModelError on a graph that a file may not hold, ArtifactError on a plan or
-    provenance that is no JSON.
-    """
-    notes = [_plain_copy(plan or {}, "plan"), _plain_copy(provenance or {}, "provenance")]
-    try:
-        bare = skeletons.strip(graph).SerializeToString(deterministic=True)
-        skeletons.parse(bare)
-        arrays = {t.name: _to_array(t) for t in graph.graph.initializer}
-        tensors = {name: arrays[name] for name in sorted(arrays)}
-        _check_amount(tensors)
-    except ArtifactError as error:
-        raise ModelError(f"this graph cannot be packed: {error}") from None
-    encodings = {name: smallest_encoding(array) for name, array in tensors.items()}
-    return Artifact(bare, tensors, encodings, notes[0], notes[1])
-
-
 def save(artifact: Artifact, path: str | os.PathLike[str]) -> int:
     """Write `artifact` to `path` and return the file's size in bytes; equal artifacts give equal
     files.
 
-    All or nothing: on any failure what was at `path` is still there. Raises RunError when the
-    place cannot be written, ArtifactError on an artifact that `load` would refuse.
+    All or nothing: on any failure what was at `path` is still there. Raises RunError when the place
+    cannot be written, ArtifactError on an artifact that `load` would refuse.
     """
-    _check_consistent(artifact)
-    packed = skeletons.compress(artifact.skeleton)
-    sections, entries = {}, {}
-    for name, array in sorted(artifact.tensors.items()):
-        encoding = artifact.encodings[name]
-        section = ENCODINGS[encoding].encode(_in_order(array)).data
-        entries[name] = TensorEntry(
-            digest_of(section), _type_name(array), encoding, array.shape, len(section)
+    check_consistent(artifact)
+    columns = collapse(artifact.skeleton)
+    packed = squeeze(columns)
+    arrays = {**artifact.tensors, **{f"state/{n}": a for n, a in artifact.beside.items()}}
+    order = [
+        *initializer_kinds(artifact.skeleton),
+        *(f"state/{n}" for n in sorted(artifact.beside)),
+    ]
+    made = {**_derivations(artifact, order), **_stored(artifact, arrays)}
+    sections = [packed, *(made[key][1] for key in order)]
+    sizes = [len(section) for section in sections]
+    header = write_header(
+        Header(
+            [_digest(sections[group.start : group.stop]) for group in groups(sizes)],
+            [made[key][0] for key in order],
+            artifact.plan,
+            artifact.provenance,
+            sizes[1:],
+            SkeletonEntry(len(columns), len(artifact.skeleton), len(packed)),
+            {n: (type_name(a), a.shape) for n, a in sorted(artifact.beside.items())},
         )
-        sections[name] = section
-    skeleton = SkeletonEntry(len(artifact.skeleton), digest_of(packed), "zlib", len(packed))
-    header = write_header(Header(artifact.plan, artifact.provenance, skeleton, entries))
-    total = PROLOGUE_BYTES + len(header) + len(packed) + sum(map(len, sections.values()))
+    )
+    total = PROLOGUE_BYTES + len(header) + sum(sizes)
     start = _START.pack(MAGIC, FORMAT_VERSION, len(header), total)
     seal = hashlib.sha256(start + header).digest()
-    parts: list[bytes | memoryview] = [start + seal + header, packed, *sections.values()]
-    write_whole(pathlib.Path(path), parts, total)
+    write_whole(pathlib.Path(path), [start + seal + header, *sections], total)
     return total
 
 
-def load(path: str | os.PathLike[str]) -> Artifact:
-    """Read a `.tersor` file. Nothing in it is executed or imported, and memory is taken only for
-    what it holds.
+def _stored(artifact: Artifact, arrays: dict[str, Array]) -> dict[str, tuple[str, Section]]:
+    """Encoding and section of the tensors that are stored themselves."""
+    return {
+        key: (encoding, artifact.section(key, arrays[key], encoding))
+        for key, encoding in artifact.encodings.items()
+        if encoding != derived.NAME
+    }
+
+
+def _derivations(artifact: Artifact, order: list[str]) -> dict[str, tuple[str, Section]]:
+    """The same of those that are said to be derived; stored where they are not (any more)."""
+    told = {key for key, encoding in artifact.encodings.items() if encoding == derived.NAME}
+    if not told:
+        return {}
+    places = {key: place for place, key in enumerate(order) if key in artifact.tensors}
+    sizes = {key: 1 << 30 if key in told else 0 for key in places}
+    found = derived.find(artifact.tensors, places, sizes)
+    return {
+        key: (derived.NAME, found[key])
+        if key in found
+        else smallest(in_order(artifact.tensors[key]))
+        for key in told
+    }
+
+
+def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Artifact:
+    """Read a `.tersor` file. Nothing in it is executed or imported, and memory is taken only for what
+    a file of its size may hold: 56 MiB and 32 bytes for each of its bytes above 1 MiB, or `max_bytes`
+    (tensors decoded, the graph, and what reading takes) where given.
 
     Raises ArtifactError naming `path` (and the tensor) on anything that `save` does not write.
     """
-    return read_file(path)[0]
+    return read_file(path, max_bytes=max_bytes)[0]
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[Artifact, FileSizes]:
+def read_file(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None
+) -> tuple[Artifact, FileSizes]:
     """`load`, and what the file consists of."""
     place = pathlib.Path(path)
     with open_regular(place) as (file, size_bytes):
         try:
-            return _read(file, size_bytes)
+            version, header, seal_bytes = _read_start(file, size_bytes)
+            left = size_bytes - seal_bytes
+            if version == 1:
+                artifact, skeleton_bytes = version1.read(file, header.tobytes(), left)
+            else:
+                artifact, skeleton_bytes = _read(file, header, left, size_bytes, max_bytes)
         except ArtifactError as error:
             raise ArtifactError(f"{place}: {error}") from None
+    tensor_bytes = left - skeleton_bytes
+    return artifact, FileSizes(version, size_bytes, len(header), skeleton_bytes, tensor_bytes)
 
 
-def _read(file: FileIO, size_bytes: int) -> tuple[Artifact, FileSizes]:
-    header, header_bytes = _read_header(file, size_bytes)
-    tensor_bytes = sum(entry.size_bytes for entry in header.tensors.values())
-    expected = PROLOGUE_BYTES + header_bytes + header.skeleton.size_bytes + tensor_bytes
-    if expected != size_bytes:
-        raise ArtifactError(f"the sections take {expected} bytes, the file has {size_bytes}")
-    packed = read_exactly(file, header.skeleton.size_bytes, "the skeleton")
-    if digest_of(packed.data) != header.skeleton.digest:
-        raise ArtifactError("the skeleton is damaged: its digest does not match")
-    skeleton = skeletons.decompress(packed.tobytes(), header.skeleton)
-    _check_initializers(skeleton, {n: (e.dtype, e.shape) for n, e in header.tensors.items()})
-    tensors = {name: _read_tensor(file, name, entry) for name, entry in header.tensors.items()}
-    encodings = {name: entry.encoding for name, entry in header.tensors.items()}
-    sizes = FileSizes(
-        FORMAT_VERSION, size_bytes, header_bytes, header.skeleton.size_bytes, tensor_bytes
-    )
-    return Artifact(skeleton, tensors, encodings, header.plan, header.provenance), sizes
-
-
-def _read_header(file: FileIO, size_bytes: int) -> tuple[Header, int]:
+def _read_start(file: FileIO, size_bytes: int) -> tuple[int, memoryview, int]:
+    """Format version, the header's bytes, and how many bytes lie before the sections."""
     start = read_exactly(file, min(PROLOGUE_BYTES, size_bytes), "its first bytes").tobytes()
     if start[: len(MAGIC)] != MAGIC[: len(start)] or not start:
         raise ArtifactError("this is not a .tersor file (its first bytes differ)")
@@ -209,102 +195,126 @@ def _read_header(file: FileIO, size_bytes: int) -> tuple[Header, int]:
         )
     if header_bytes > size_bytes - PROLOGUE_BYTES:
         raise ArtifactError(f"a header of {header_bytes} bytes does not fit in the file")
-    data = read_exactly(file, header_bytes, "the header").tobytes()
-    if hashlib.sha256(start[: _START.size] + data).digest() != start[_START.size :]:
+    data = read_exactly(file, header_bytes, "the header")
+    if hashlib.sha256(start[: _START.size] + data.tobytes()).digest() != start[_START.size :]:
         raise ArtifactError("the header is damaged: its digest does not match")
-    return read_header(data), header_bytes
+    return version, data.data, PROLOGUE_BYTES + header_bytes
 
 
-def _read_tensor(file: FileIO, name: str, entry: TensorEntry) -> Array:
-    where = f"tensor {shown(name)}"
-    data = read_exactly(file, entry.size_bytes, where)
-    if digest_of(data.data) != entry.digest:
-        raise ArtifactError(f"{where} is damaged: its digest does not match")
-    try:
-        flat = ENCODINGS[entry.encoding].decode(data, entry.num_elements, DTYPES[entry.dtype])
-    except ArtifactError as error:
-        raise ArtifactError(f"{where}: {error}") from None
-    array = flat.reshape(entry.shape)
-    array.flags.writeable = False
-    return array
+def _read(
+    file: FileIO, packed: memoryview, left: int, size_bytes: int, max_bytes: int | None
+) -> tuple[Artifact, int]:
+    header, taken = read_header(packed, size_bytes)
+    sizes = [header.skeleton.size_bytes, *header.sizes]
+    if sum(sizes) != left:
+        raise ArtifactError(f"the sections take {sum(sizes)} bytes, the file has {left}")
+    sections = _read_sections(file, sizes, header.digests)
+    skeleton = _read_skeleton(next(sections), header.skeleton)
+    taken += len(skeleton) + skeletons.check_wire(skeleton)
+    kinds = _kinds(skeleton, header)
+    free = FREE_BYTES + BYTES_A_BYTE * max(0, size_bytes - (1 << 20))
+    _check_room(header, kinds, taken, free if max_bytes is None else max_bytes, size_bytes)
+    steps = Steps(FREE_STEPS + num_elements(kinds) // ELEMENTS_A_STEP)
+    arrays: dict[str, Array | None] = dict.fromkeys(kinds)
+    later = {}
+    for (key, (dtype, shape)), encoding, data in zip(
+        kinds.items(), header.encodings, sections, strict=True
+    ):
+        if encoding == derived.NAME:
+            later[key] = data
+        else:
+            with _naming(key):
+                arrays[key] = ENCODINGS[encoding].decode(data, shape, DTYPES[dtype], steps)
+    stored = list(arrays.values())[: len(kinds) - len(header.state)]
+    found = {key: array for key, array in arrays.items() if array is not None}
+    for key, data in later.items():
+        with _naming(key):
+            found[key] = derived.compute(data, kinds[key][1], DTYPES[kinds[key][0]], stored)
+    return _artifact(skeleton, header, found), header.skeleton.size_bytes
 
 
-def _check_initializers(skeleton: bytes, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """The graph asks for exactly the tensors there are."""
-    graph = skeletons.parse(skeleton).graph
-    wanted = {t.name: (_ONNX_TYPES.get(t.data_type, ""), tuple(t.dims)) for t in graph.initializer}
-    if odd := sorted(set(wanted) ^ set(tensors)):
-        state = "has no data" if odd[0] in wanted else "is not part of the graph"
-        raise ArtifactError(f"tensor {shown(odd[0])} {state}")
-    for name, is_ in tensors.items():
-        if wanted[name] != is_:
-            raise ArtifactError(
-                f"tensor {shown(name)} is {is_[0]} {shown(is_[1])}, "
-                f"the graph wants {wanted[name][0]} {shown(wanted[name][1])}"
-            )
+def _read_sections(file: FileIO, sizes: list[int], digests: list[str]) -> Iterator[memoryview]:
+    """Section after section; none is given out before its group's digest was compared."""
+    for group, digest in zip(groups(sizes), digests, strict=True):
+        where = (
+            f"section {group.start}"
+            if len(group) == 1
+            else f"sections {group.start} to {group.stop - 1}"
+        )
+        data = [read_exactly(file, sizes[number], where).data for number in group]
+        if _digest(data) != digest:
+            raise ArtifactError(f"{where} (0 is the graph) is damaged: the digest does not match")
+        yield from data
 
 
-def _check_consistent(artifact: Artifact) -> None:
-    """An artifact built by hand is held to the same rules as a file."""
-    check_plain(artifact.plan, "plan")
-    check_plain(artifact.provenance, "provenance")
-    _check_amount(artifact.tensors)
-    if artifact.encodings.keys() != artifact.tensors.keys():
-        raise ArtifactError("encodings must name exactly the tensors")
-    for name, encoding in artifact.encodings.items():
-        if encoding not in ENCODINGS or not ENCODINGS[encoding].accepts(
-            artifact.tensors[name].dtype
-        ):
-            raise ArtifactError(f"tensor {shown(name)} cannot be encoded as {shown(encoding)}")
-    kinds = {name: (_type_name(array), array.shape) for name, array in artifact.tensors.items()}
-    _check_initializers(artifact.skeleton, kinds)
+def _digest(sections: Sequence[Section]) -> str:
+    """The first 64 bits of the SHA-256 of sections behind each other, in hexadecimal digits."""
+    whole = hashlib.sha256()
+    for section in sections:
+        whole.update(section)
+    return whole.hexdigest()[:DIGEST_DIGITS]
 
 
-def _check_amount(tensors: dict[str, Array]) -> None:
-    if len(tensors) > MAX_TENSORS:
-        raise ArtifactError(f"there are {len(tensors)} tensors; at most {MAX_TENSORS} are allowed")
-    for name, array in tensors.items():
+def _read_skeleton(section: memoryview, entry: SkeletonEntry) -> bytes:
+    columns = unsqueeze(section, entry.columns_bytes, "the skeleton")
+    return expand(memoryview(columns), entry.decoded_bytes)
+
+
+def _kinds(skeleton: bytes, header: Header) -> Kinds:
+    """Types and shapes of all tensors, those of the state under "state/NAME"."""
+    kinds = initializer_kinds(skeleton)
+    for name, (dtype, shape) in kinds.items():
         check_name(name)
-        check_shape(list(array.shape), array.itemsize, f"tensor {shown(name)}")
-    total = sum(array.nbytes for array in tensors.values())
-    if total > MAX_DECODED_BYTES:
+        if dtype not in DTYPES:
+            raise ArtifactError(f"tensor {shown(name)} is of a type that a file does not hold")
+        check_shape(list(shape), DTYPES[dtype].itemsize, f"tensor {shown(name)}")
+    number = len(kinds) + len(header.state)
+    if number != len(header.sizes):
+        raise ArtifactError(f"{number} tensors are needed, {len(header.sizes)} sections are there")
+    kinds.update({f"state/{name}": kind for name, kind in header.state.items()})
+    if len(kinds) != number:
+        raise ArtifactError("a tensor of the graph is called as one of the state")
+    return kinds
+
+
+def _check_room(header: Header, kinds: Kinds, taken: int, most: int, size_bytes: int) -> None:
+    """Refuse sections that cannot hold their tensor, and more memory than may be taken."""
+    total, extra = taken, 0
+    for (key, (dtype, shape)), encoding, size in zip(
+        kinds.items(), header.encodings, header.sizes, strict=True
+    ):
+        kind = DTYPES[dtype]
+        num_bytes = count(shape) * kind.itemsize
+        total += num_bytes
+        if encoding == derived.NAME:
+            continue
+        way = ENCODINGS[encoding]
+        if not way.accepts(kind) or not way.fits(size, shape, kind):
+            raise ArtifactError(
+                f"tensor {shown(key)}: {size} bytes cannot hold {count(shape)} elements of type "
+                f"{dtype} as {encoding}"
+            )
+        extra = max(extra, int(way.extra * num_bytes))
+    if total + extra > min(most, MAX_DECODED_BYTES):
         raise ArtifactError(
-            f"the tensors take {total} bytes; at most {MAX_DECODED_BYTES} are allowed"
+            f"reading it would take {total + extra} bytes of memory, at most {min(most, MAX_DECODED_BYTES)} "
+            f"are taken for a file of {size_bytes}; if you know where it comes from: "
+            f"tersor.load(path, max_bytes={total + extra})"
         )
 
 
-def _to_array(tensor: onnx.TensorProto) -> Array:
-    where = f"initializer {shown(tensor.name)}"
-    if tensor.data_type not in _ONNX_TYPES:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-        raise ArtifactError(f"{where} is of type {kind}; allowed are {', '.join(DTYPES)}")
-    if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise ArtifactError(f"{where} keeps {skeletons.EXTERNAL}")
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
     try:
-        array = numpy_helper.to_array(tensor)
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(
-            f"{where}: its data does not match its shape and type ({error})"
-        ) from None
-    array = np.ascontiguousarray(array, DTYPES[_ONNX_TYPES[tensor.data_type]]).reshape(array.shape)
-    array.flags.writeable = False
-    return array
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"tensor {shown(key)}: {error}") from None
 
 
-def _type_name(array: Array) -> str:
-    if array.dtype.name not in DTYPES:
-        raise ArtifactError(
-            f"a tensor is of type {array.dtype.name}; allowed are {', '.join(DTYPES)}"
-        )
-    return array.dtype.name
-
-
-def _in_order(array: Array) -> Array:
-    """C-contiguous and little-endian; a view where it already is."""
-    return np.ascontiguousarray(array, DTYPES[array.dtype.name]).reshape(array.shape)
-
-
-def _plain_copy(value: dict[str, Any], where: str) -> dict[str, Any]:
-    check_plain(value, where)
-    copy: dict[str, Any] = json.loads(canonical_json(value))
-    return copy
+def _artifact(skeleton: bytes, header: Header, arrays: dict[str, Array]) -> Artifact:
+    beside = {name: read_only(arrays.pop(f"state/{name}")) for name in header.state}
+    tensors = {name: read_only(arrays[name]) for name in sorted(arrays)}
+    order = [*initializer_kinds(skeleton), *(f"state/{name}" for name in header.state)]
+    encodings = dict(zip(order, header.encodings, strict=True))
+    sizes = dict(zip(order, header.sizes, strict=True))
+    return Artifact(skeleton, tensors, encodings, header.plan, header.provenance, beside, sizes)

@@ -1,297 +1,164 @@
-"""The header of a `.tersor` file: canonical JSON, read as what it is: text that anybody may have
-written.
-
-Nothing here knows paths; the caller puts the file's name before the message.
-"""
+"""The header of a `.tersor` file: canonical JSON in one LZMA stream, read as what it is: something
+that anybody may have written."""
 
 from __future__ import annotations
 
 import dataclasses as dc
-import hashlib
-import json
-import math
-import re
+import lzma
 from typing import Any
 
-import numpy as np
-
-from tersor.artifact.encodings import DTYPES, ENCODINGS
+from tersor.artifact.checks import (
+    MAX_DECODED_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_SKELETON_BYTES,
+    MAX_TENSORS,
+    canonical_json,
+    check_count,
+    check_keys,
+    check_known,
+    check_name,
+    check_plain,
+    check_shape,
+    parse_json,
+    shown,
+)
+from tersor.artifact.cursor import Cursor, varint
+from tersor.artifact.encoding import DTYPES, Shape
+from tersor.artifact.encodings import ENCODINGS
 from tersor.errors import ArtifactError
-from tersor.registry import did_you_mean
 
-MAX_HEADER_BYTES = 16 << 20
-MAX_TENSORS = 100_000
-MAX_DIMENSIONS = 8
-MAX_DEPTH = 32  # of nested JSON lists and objects
-MAX_NAME = 512  # characters
-MAX_DIGITS = 20  # in a row, in a number; 64-bit integers take 19
-MAX_DECODED_BYTES = (2 << 30) - 1  # protobuf's own limit, so also an ONNX graph's
-MAX_SKELETON_BYTES = 4 << 20
-
-# Ends at an unclosed quote too, so that no text makes the search start over at each of its quotes.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
-# Opening brackets become 1, closing ones -1 (int8).
-_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
-
-
-@dc.dataclass(frozen=True)
-class TensorEntry:
-    """What the header says of one tensor. `size_bytes` is that of its section; `digest` see
-    `digest_of`."""
-
-    digest: str
-    dtype: str
-    encoding: str
-    shape: tuple[int, ...]
-    size_bytes: int
-
-    @property
-    def num_elements(self) -> int:
-        """Elements when decoded; 1 for a scalar."""
-        return math.prod(self.shape)
+DERIVED = "derived"
+SMALL_HEADER_BYTES = 1 << 20
+# One raw LZMA stream with these settings and an end mark; see docs/format.md.
+_FILTERS = [{"id": lzma.FILTER_LZMA1, "dict_size": 1 << 22, "lc": 3, "lp": 0, "pb": 0}]
+_WRITING = [{**_FILTERS[0], "mode": lzma.MODE_NORMAL, "nice_len": 273, "mf": lzma.MF_BT4}]
 
 
 @dc.dataclass(frozen=True)
 class SkeletonEntry:
-    """What the header says of the skeleton. `size_bytes` is that of its section, `decoded_bytes`
-    that of its content."""
+    """Bytes of the skeleton's section, of the columns it decompresses to, and of the ModelProto."""
 
+    columns_bytes: int
     decoded_bytes: int
-    digest: str
-    encoding: str
     size_bytes: int
 
 
 @dc.dataclass(frozen=True)
 class Header:
-    """All that the header says; `tensors` by name, in the order of their sections (sorted by
-    name)."""
+    """All that the header says. `encodings` and `sizes` have one entry a tensor: those of the graph
+    in its order, then those of `state` (name -> type, shape) in order of name. `digests`: see
+    `groups`."""
 
+    digests: list[str]
+    encodings: list[str]
     plan: dict[str, Any]
     provenance: dict[str, Any]
+    sizes: list[int]
     skeleton: SkeletonEntry
-    tensors: dict[str, TensorEntry]
+    state: dict[str, tuple[str, Shape]]
 
 
-def digest_of(data: bytes | memoryview) -> str:
-    """32 hexadecimal digits: the first 128 bits of the SHA-256 of `data`."""
-    return hashlib.sha256(data).hexdigest()[:32]
+def squeeze(data: bytes) -> bytes:
+    """`data` as one LZMA stream."""
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=_WRITING)
 
 
-def shown(name: object) -> str:
-    """`name` in quotes for a message: one line of ASCII, cut when it is long."""
-    text = ascii(name[:81] if isinstance(name, str) else name)
-    return text if len(text) <= 80 else f"{text[:76]}..."
+def unsqueeze(data: memoryview, size: int, what: str) -> bytes:
+    """Undo `squeeze`; takes `size` bytes and the 4 MiB of the dictionary. Raises ArtifactError."""
+    stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+    try:
+        found = stream.decompress(data, size + 1)
+        if len(found) == size and not stream.eof:  # the end mark is still to come
+            found += stream.decompress(b"", 1)
+    except lzma.LZMAError as error:
+        raise ArtifactError(f"{what} cannot be decompressed ({error})") from None
+    if len(found) != size or not stream.eof or stream.unused_data:
+        raise ArtifactError(f"{what} does not decompress to the {size} bytes declared")
+    return found
 
 
-def canonical_json(value: Any) -> bytes:
-    """The one form in which JSON is written: sorted keys, no spaces, ASCII, shortest floats, no
-    NaN."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode("ascii")
-
-
-def check_plain(value: object, where: str, depth: int = 0) -> None:
-    """Raise ArtifactError unless `value` is JSON that comes back as it went in."""
-    if depth > MAX_DEPTH - 2:
-        raise ArtifactError(f"{where} is nested more than {MAX_DEPTH - 2} levels deep")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ArtifactError(f"{where}: a key must be text, got {shown(key)}")
-            _check_text(key, where)
-            check_plain(item, f"{where}.{shown(key)[1:-1]}" if depth < 4 else where, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_plain(item, where, depth + 1)
-    elif isinstance(value, str):
-        _check_text(value, where)
-    elif type(value) is int:
-        if not -(2**63) <= value < 2**63:
-            raise ArtifactError(f"{where}: an integer needs more than 64 bits")
-    elif type(value) is float:
-        if not math.isfinite(value):
-            raise ArtifactError(f"{where} is {value}; only finite numbers are allowed, or null")
-    elif value is not None and type(value) is not bool:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise ArtifactError(f"{where} is of type {kind}; convert it to a plain Python value")
-
-
-def check_name(name: str) -> None:
-    """Raise ArtifactError unless `name` may name a tensor."""
-    if not 1 <= len(name) <= MAX_NAME:
-        raise ArtifactError(
-            f"a tensor's name has {len(name)} characters; 1 to {MAX_NAME} are allowed"
-        )
-    if not name.isprintable():
-        raise ArtifactError(
-            f"the tensor name {shown(name)} holds characters that cannot be printed"
-        )
-    if ".." in re.split(r"[/\\]", name):
-        raise ArtifactError(f"the tensor name {shown(name)} holds '..' as a step of a path")
+def groups(sizes: list[int]) -> list[range]:
+    """Which sections share a digest: from the first on, as many as make 4096 bytes together."""
+    found, start, held = [], 0, 0
+    for number, size in enumerate(sizes):
+        held += size
+        if held >= 4096 or number == len(sizes) - 1:
+            found.append(range(start, number + 1))
+            start, held = number + 1, 0
+    return found
 
 
 def write_header(header: Header) -> bytes:
-    """The canonical bytes of `header`; raises ArtifactError where `read_header` would refuse
-    them."""
+    """The bytes of `header`: how many JSON takes (varint), and JSON as one LZMA stream. Raises
+    ArtifactError where `read_header` would refuse them."""
     data = canonical_json(dc.asdict(header))
-    if len(data) > MAX_HEADER_BYTES:
+    packed = varint(len(data)) + squeeze(data) if len(data) <= MAX_HEADER_BYTES else b""
+    most = header_room(len(packed) + header.skeleton.size_bytes + sum(header.sizes))
+    if len(data) > most:
         raise ArtifactError(
-            f"the header would take {len(data)} bytes; at most {MAX_HEADER_BYTES} are allowed"
+            f"the header would take {len(data)} bytes; at most {most} are allowed in a file of that "
+            "size; make the plan or the provenance shorter"
         )
-    return data
+    return packed
 
 
-def read_header(data: bytes) -> Header:
-    """Check everything that can be checked without the sections. Raises ArtifactError."""
-    content = _parse(data)
-    _check_keys(content, Header, "the header")
+def header_room(file_bytes: int) -> int:
+    """How many bytes of JSON a file of that size may hold."""
+    return min(MAX_HEADER_BYTES, max(SMALL_HEADER_BYTES, 4 * file_bytes))
+
+
+def read_header(packed: memoryview, file_bytes: int) -> tuple[Header, int]:
+    """Check everything that can be checked without the sections; and how many bytes the parsed JSON
+    takes, at most. Raises ArtifactError."""
+    cursor = Cursor(packed)
+    size = cursor.varint(header_room(file_bytes), "the size of the header")
+    data = unsqueeze(cursor.rest(), size, "the header")
+    cost = size + 72 * sum(data.count(mark) for mark in (b"[", b"{", b",", b":"))
+    content = parse_json(data)
+    check_keys(content, Header, "the header")
     for part in ("plan", "provenance"):
         if not isinstance(content[part], dict):
             raise ArtifactError(f"{part} is not a JSON object")
         check_plain(content[part], part)
-    tensors = content["tensors"]
-    if not isinstance(tensors, dict) or len(tensors) > MAX_TENSORS:
-        raise ArtifactError(f"tensors must be a JSON object of at most {MAX_TENSORS} entries")
-    skeleton = _skeleton_entry(content["skeleton"])
-    entries = {name: _tensor_entry(name, item) for name, item in tensors.items()}
-    total = sum(e.num_elements * DTYPES[e.dtype].itemsize for e in entries.values())
-    if total > MAX_DECODED_BYTES:
-        raise ArtifactError(
-            f"the tensors take {total} bytes; at most {MAX_DECODED_BYTES} are allowed"
-        )
-    return Header(content["plan"], content["provenance"], skeleton, entries)
+    check_keys(content["skeleton"], SkeletonEntry, "skeleton")
+    for key, value in content["skeleton"].items():
+        check_count(value, MAX_SKELETON_BYTES, f"skeleton.{key}")
+    encodings, sizes = content["encodings"], content["sizes"]
+    _check_list(encodings, "encodings")
+    _check_list(sizes, "sizes")
+    if len(encodings) != len(sizes):
+        raise ArtifactError(f"there are {len(encodings)} encodings and {len(sizes)} sizes")
+    for name in set(map(str, encodings)):
+        check_known(name, {DERIVED, *ENCODINGS}, "a tensor uses the encoding")
+    for value in sizes:
+        check_count(value, MAX_DECODED_BYTES, "the size of a section")
+    skeleton = SkeletonEntry(**content["skeleton"])
+    expected = len(groups([skeleton.size_bytes, *sizes]))
+    digests = content["digests"]
+    if not isinstance(digests, list) or len(digests) != expected:
+        raise ArtifactError(f"digests must be a list of {expected}")
+    state = _read_state(content["state"], len(sizes))
+    header = Header(
+        digests, encodings, content["plan"], content["provenance"], sizes, skeleton, state
+    )
+    return header, cost
 
 
-def _parse(data: bytes) -> Any:
-    """JSON in canonical form only, which leaves no room for repeated keys, spaces or a second
-    spelling."""
-    outside = _STRING.sub(b"", data)
-    steps = np.frombuffer(outside.translate(_STEPS, _NOT_BRACKETS), np.int8)
-    if steps.size and int(np.cumsum(steps, dtype=np.int32).max()) > MAX_DEPTH:
-        raise ArtifactError(f"the header is nested more than {MAX_DEPTH} levels deep")
-    if _LONG_NUMBER.search(outside):
-        raise ArtifactError(f"the header holds a number of more than {MAX_DIGITS} digits")
-    del outside, steps  # the parsed header needs the room
-    try:
-        content = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
-        canonical = canonical_json(content)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"the header is not valid JSON: {shown(str(error))}") from None
-    if canonical != data:
-        raise ArtifactError("the header is not in canonical form (sorted keys, no spaces, ASCII)")
-    return content
+def _check_list(value: Any, what: str) -> None:
+    if not isinstance(value, list) or len(value) > MAX_TENSORS:
+        raise ArtifactError(f"{what} must be a list of at most {MAX_TENSORS} entries")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key, count in _counted(keys).items() if count > 1)
-        raise ArtifactError(f"the header holds the key {shown(repeated)} twice")
-    return content
-
-
-def _counted(keys: list[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
-    return counts
-
-
-def _no_constant(text: str) -> Any:
-    raise ArtifactError(f"the header holds {text}; only finite numbers are allowed")
-
-
-def _skeleton_entry(content: Any) -> SkeletonEntry:
-    _check_keys(content, SkeletonEntry, "skeleton")
-    if content["encoding"] != "zlib":
-        raise ArtifactError(
-            f"the skeleton uses the encoding {shown(content['encoding'])}; this Tersor knows zlib; "
-            "upgrade with: pip install -U tersor"
-        )
-    _check_count(content["size_bytes"], MAX_SKELETON_BYTES, "skeleton.size_bytes")
-    _check_count(content["decoded_bytes"], MAX_SKELETON_BYTES, "skeleton.decoded_bytes")
-    _check_digest(content["digest"], "skeleton")
-    return SkeletonEntry(**content)
-
-
-def _tensor_entry(name: str, content: Any) -> TensorEntry:
-    check_name(name)
-    where = f"tensor {shown(name)}"
-    _check_keys(content, TensorEntry, where)
-    _check_known(content["dtype"], DTYPES, f"{where} has the type")
-    _check_known(content["encoding"], ENCODINGS, f"{where} uses the encoding")
-    dtype = DTYPES[content["dtype"]]
-    check_shape(content["shape"], dtype.itemsize, where)
-    _check_count(content["size_bytes"], MAX_DECODED_BYTES, f"{where}: size_bytes")
-    _check_digest(content["digest"], where)
-    entry = TensorEntry(**{**content, "shape": tuple(content["shape"])})
-    encoding = ENCODINGS[entry.encoding]
-    if not encoding.accepts(dtype):
-        raise ArtifactError(
-            f"{where}: {entry.encoding} does not hold elements of type {entry.dtype}"
-        )
-    if not encoding.fits(entry.size_bytes, entry.num_elements, dtype):
-        raise ArtifactError(
-            f"{where}: {entry.size_bytes} bytes cannot hold {entry.num_elements} elements "
-            f"of type {entry.dtype} as {entry.encoding}"
-        )
-    return entry
-
-
-def check_shape(shape: Any, itemsize: int, where: str) -> None:
-    """Raise ArtifactError unless `shape` is a list of at most 8 sizes whose elements fit in
-    memory."""
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-        raise ArtifactError(
-            f"{where}: the shape must be a list of at most {MAX_DIMENSIONS} dimensions"
-        )
-    for size in shape:
-        _check_count(size, MAX_DECODED_BYTES, f"{where}: a dimension")
-    # Zeros are left out: numpy wants the product of the others in range even with no element.
-    if math.prod(max(size, 1) for size in shape) * itemsize > MAX_DECODED_BYTES:
-        raise ArtifactError(
-            f"{where}: shape {shown(shape)} takes more than {MAX_DECODED_BYTES} bytes"
-        )
-
-
-def _check_known(value: Any, known: Any, what: str) -> None:
-    if not isinstance(value, str) or value not in known:
-        hint = did_you_mean(value[:80], known) if isinstance(value, str) else ""
-        raise ArtifactError(
-            f"{what} {shown(value)}; this Tersor knows {', '.join(sorted(known))}.{hint} "
-            "A file of a newer Tersor may need: pip install -U tersor"
-        )
-
-
-def _check_keys(content: Any, kind: type, where: str) -> None:
-    names = {field.name for field in dc.fields(kind)}
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{where} is not a JSON object")
-    if set(content) != names:
-        odd = sorted(set(content) ^ names)[0]
-        state = "lacks the key" if odd in names else "has the unknown key"
-        raise ArtifactError(f"{where} {state} {shown(odd)}")
-
-
-def _check_count(value: Any, most: int, where: str) -> None:
-    if type(value) is not int or not 0 <= value <= most:
-        raise ArtifactError(f"{where} must be an integer from 0 to {most}, got {shown(value)}")
-
-
-def _check_digest(value: Any, where: str) -> None:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32}", value):
-        raise ArtifactError(
-            f"{where}: the digest must be 32 hexadecimal digits, got {shown(value)}"
-        )
-
-
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ArtifactError(f"{where} holds text that is not Unicode: {shown(text)}") from None
+def _read_state(content: Any, most: int) -> dict[str, tuple[str, Shape]]:
+    if not isinstance(content, dict) or len(content) > most:
+        raise ArtifactError(f"state must be a JSON object of at most {most} entries")
+    found = {}
+    for name, entry in content.items():
+        check_name(name)
+        where = f"state {shown(name)}"
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ArtifactError(f"{where} must have a type and a shape")
+        check_known(entry[0], DTYPES, f"{where} has the type")
+        check_shape(entry[1], DTYPES[entry[0]].itemsize, where)
+        found[name] = (entry[0], tuple(entry[1]))
+    return found

@@ -8,18 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from tersor.artifact.encodings import ENCODINGS, Array
-from tersor.artifact.format import Artifact, load, read_file
+from tersor.artifact.artifact import Artifact
+from tersor.artifact.encoding import Array
+from tersor.artifact.format import load, read_file
 
 
 def inspect(source: Artifact | str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """One JSON-ready row per tensor, by name: name, shape, dtype, encoding, size_bytes (encoded),
-    bits_per_weight (encoded bits per element; 0 where there is no element) and density (share of
-    elements that are not zero, 0 to 1). A path is loaded, with the errors of `load`."""
+    """One JSON-ready row per tensor, by name, those of the state last: name, shape, dtype, encoding,
+    size_bytes (of its section), bits_per_weight (encoded bits per element; 0 where there is no
+    element) and density (share of elements that are not zero, 0 to 1). A path is loaded, with the
+    errors of `load`."""
     artifact = source if isinstance(source, Artifact) else load(source)
+    beside = {f"state/{name}": array for name, array in artifact.beside.items()}
     return [
-        _row(name, array, artifact.encodings[name])
-        for name, array in sorted(artifact.tensors.items())
+        _row(key, array, artifact.encodings[key], artifact.size_of(key))
+        for part in (artifact.tensors, beside)
+        for key, array in sorted(part.items())
     ]
 
 
@@ -36,11 +40,10 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _row(name: str, array: Array, encoding: str) -> dict[str, Any]:
-    size_bytes = ENCODINGS[encoding].size(array)
+def _row(key: str, array: Array, encoding: str, size_bytes: int) -> dict[str, Any]:
     count = max(array.size, 1)
     return {
-        "name": name,
+        "name": key,
         "shape": list(array.shape),
         "dtype": array.dtype.name,
         "encoding": encoding,

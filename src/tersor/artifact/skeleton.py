@@ -8,14 +8,13 @@ bytes first, adds up what the parsed form will cost, and refuses fields that lea
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from tersor.artifact.header import MAX_SKELETON_BYTES, SkeletonEntry, shown
+from tersor.artifact.checks import MAX_SKELETON_BYTES, shown
 from tersor.errors import ArtifactError
 
 MAX_PARSED_BYTES = 24 << 20
@@ -77,25 +76,6 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from graphs(inner)
 
 
-def compress(skeleton: bytes) -> bytes:
-    """The section's bytes."""
-    return zlib.compress(skeleton, 9)
-
-
-def decompress(data: bytes, entry: SkeletonEntry) -> bytes:
-    """Undo `compress`; never takes more memory than the header declares. Raises ArtifactError."""
-    stream = zlib.decompressobj()
-    try:
-        skeleton = stream.decompress(data, entry.decoded_bytes + 1)
-    except zlib.error as error:
-        raise ArtifactError(f"the skeleton cannot be decompressed ({error})") from None
-    if len(skeleton) != entry.decoded_bytes or not stream.eof or stream.unused_data:
-        raise ArtifactError(
-            f"the skeleton does not decompress to the {entry.decoded_bytes} bytes declared"
-        )
-    return skeleton
-
-
 def parse(skeleton: bytes) -> onnx.ModelProto:
     """The checked skeleton as a model. Raises ArtifactError on anything but a plain ONNX graph."""
     if len(skeleton) > MAX_SKELETON_BYTES:
@@ -125,17 +105,17 @@ def parse(skeleton: bytes) -> onnx.ModelProto:
     return model
 
 
-def check_wire(data: bytes) -> None:
-    """Walk the bytes of a ModelProto without building it. Raises ArtifactError on unknown or
-    refused fields, text that is not UTF-8, deep nesting, and on more than MAX_PARSED_BYTES of
-    memory once parsed."""
+def check_wire(data: bytes) -> int:
+    """Walk the bytes of a ModelProto without building it, and return an upper bound of the memory it
+    takes once parsed. Raises ArtifactError on unknown or refused fields, text that is not UTF-8, deep
+    nesting, and on more than MAX_PARSED_BYTES."""
     fields = _fields_of(onnx.ModelProto.DESCRIPTOR)
     stack: list[tuple[_Fields, int]] = []
     position, end, cost = 0, len(data), 0
     while True:
         while position == end:
             if not stack:
-                return
+                return cost
             fields, end = stack.pop()
         tag, position = _varint(data, position, end)
         name, kind, inner = fields.get(tag >> 3, ("", 0, None))

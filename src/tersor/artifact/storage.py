@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from io import FileIO
 
 import numpy as np
+import numpy.typing as npt
 
-from tersor.artifact.encodings import Bytes
 from tersor.errors import ArtifactError, RunError
 
 
@@ -38,7 +38,7 @@ def open_regular(path: pathlib.Path) -> Iterator[tuple[FileIO, int]]:
         raise ArtifactError(f"{path} needs more memory than there is") from None
 
 
-def read_exactly(file: FileIO, size_bytes: int, what: str) -> Bytes:
+def read_exactly(file: FileIO, size_bytes: int, what: str) -> npt.NDArray[np.uint8]:
     """The next bytes (size_bytes,) of `file`. Raises ArtifactError when it ends before."""
     data = np.empty(size_bytes, np.uint8)
     view = data.data

@@ -12,14 +12,14 @@ from tyro.conf import Positional
 from tersor.cli.activity import activity
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.compression import compress, factorize, prune
+from tersor.cli.contents import export, inspect
 from tersor.cli.distillation import distill
-from tersor.cli.measure import benchmark, evaluate, inspect
+from tersor.cli.measure import benchmark, evaluate
 from tersor.cli.output import Output, say, training_watch, watching
 from tersor.cli.quantization import quantize
 from tersor.cli.sensitivity import sensitivity
 from tersor.cli.studies import demo, report, study
 from tersor.cli.targets import writable
-from tersor.errors import SpecError
 from tersor.specs import Finetune
 
 
@@ -83,41 +83,6 @@ def train(
         f"{splits.name}) after {trained.seconds:.0f} s; weights in {target}",
     )
     return answer
-
-
-def export(
-    model: Positional[Model],
-    /,
-    *,
-    out: str,
-    to: str = "onnx",
-    weights: Weights = None,
-    num_classes: int | None = None,
-    input_shape: tuple[int, int, int] = (3, 32, 32),
-    output: Output = Output(),  # noqa: B008
-) -> dict[str, Any]:
-    """Write a network or a .tersor file as an ONNX graph with a free batch size.
-
-    Args:
-        out: the file to write
-        to: onnx or tersor
-        input_shape: channels height width of one input (a .tersor file knows its own)
-    """
-    from tersor.artifact.storage import write_whole
-    from tersor.pipeline import resolve, write
-
-    if to not in ("onnx", "tersor"):
-        raise SpecError(f"--to must be onnx or tersor, got {to!r}")
-    target = writable(out, f".{to}")
-    graph = resolve(model, weights=weights, num_classes=num_classes).graph(input_shape)
-    if to == "tersor":
-        size = write(graph, target, provenance={"model": model})
-    else:
-        data = graph.SerializeToString()
-        write_whole(target, [data], len(data))
-        size = len(data)
-    say(output, f"wrote {target}, {size:,} bytes")
-    return {"out": str(target), "size_bytes": size, "to": to}
 
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pathlib
 import sys
 from typing import Any
 
@@ -114,6 +115,19 @@ class OpenVinoBf16Session(OpenVinoSession):
                 "openvino_bf16: this processor has no bfloat16 instructions; use engine 'openvino'"
             )
         super().__init__(model, threads)
+
+
+def intermediate(model: Any, directory: pathlib.Path) -> pathlib.Path:
+    """Write OpenVINO's own form of a graph (model.xml and model.bin) into `directory`, floats as they
+    are; returns the .xml. Raises EngineError, MissingExtraError."""
+    library = _library()
+    graph = serialized(graph_of(model, "openvino"), "openvino")
+    target = directory / "model.xml"
+    try:
+        library.save_model(_machine().read_model(graph, b""), target, compress_to_fp16=False)
+    except Exception as error:  # the library's exceptions have no common class
+        raise EngineError(f"openvino: the graph cannot be written: {first_line(error)}") from None
+    return target
 
 
 def has_bf16() -> bool:

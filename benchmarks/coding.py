@@ -1,0 +1,307 @@
+"""Bytes of the codes of trained networks: Tersor's encodings, their entropies, zstd, LZMA, Huffman.
+
+    python benchmarks/coding.py --data folder:DIR --weights resnet18=FILE vgg16_bn=FILE \
+        --graphs DIR --out coding.json
+
+Every form (see FORMS) is made from the trained network and kept in --graphs. A row is one form of one network and
+sums up its weights:
+
+ours            the section's bytes, all that is needed to decode included
+entropy         the same symbols under the same model, by an ideal coder
+one_table, row_tables, row_by_column
+                ideal coders with one table a tensor, one a row, one a class of (row scale x column scale); tables cost
+                which symbols occur and half the logarithm of how often, scales their own entropy
+bytes_where_... the same of the tensors of which at most a tenth is not 0
+zstd, lzma      level 19, preset 9 extreme, of the codes' bytes (one stream a tensor)
+huffman         Deep Compression's way: canonical Huffman of the codes; where it is less, of the distances between
+                codes that are not 0 (4 or 5 bits, filled up with zeros) and of those codes
+weights_a_second  of decoding, one thread, best of three (0: not asked for with --time)
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import lzma
+import math
+import pathlib
+import time
+
+import numpy as np
+import onnx
+import zstandard
+from onnx import numpy_helper
+
+import tersor
+from tersor.artifact import ENCODINGS
+from tersor.artifact.encoding import Steps
+from tersor.artifact.encodings import codes as coded
+from tersor.artifact.encodings import integers
+from tersor.artifact.entropy import Reader
+from tersor.artifact.fitting import PART, Meter
+from tersor.bench.environment import environment
+
+FORMS = {
+    "8 bits": (0, {"bits": 8}),
+    "4 bits, gptq": (0, {"bits": 4, "rounding": "gptq"}),
+    "3 bits, gptq": (0, {"bits": 3, "rounding": "gptq"}),
+    "70 % pruned, 8 bits": (0.7, {"bits": 8}),
+    "70 % pruned, 4 bits": (0.7, {"bits": 4}),
+    "90 % pruned, 8 bits": (0.9, {"bits": 8}),
+    "90 % pruned, 4 bits": (0.9, {"bits": 4}),
+    "95 % pruned, 8 bits": (0.95, {"bits": 8}),
+    "95 % pruned, 4 bits": (0.95, {"bits": 4}),
+    "float": (0, None),
+    "90 % pruned, float": (0.9, None),
+    "4 bits, k-means": (0, {"bits": 4, "code": "kmeans", "mode": "weight_only"}),
+}
+LIMITS = {"zstd": 19, "lzma": 9 | lzma.PRESET_EXTREME}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", nargs="+", required=True, metavar="NETWORK=FILE")
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--graphs", required=True, help="directory that keeps the graphs")
+    parser.add_argument("--time", action="store_true", help="decode three times and take the time")
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args()
+    out = pathlib.Path(options.out)
+    told = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    for network, _, weights in (each.partition("=") for each in options.weights):
+        for form in options.forms:
+            rows = [r for r in told["rows"] if (r["network"], r["form"]) != (network, form)]
+            graph = graph_of(options, network, weights, form)
+            row = {"network": network, "form": form, **measure(graph, options.time)}
+            told = {"rows": [*rows, row], "environment": environment()}
+            out.write_text(json.dumps(told, indent=1) + "\n")
+            print(line_of(row), flush=True)
+
+
+def graph_of(options, network, weights, form):
+    path = pathlib.Path(options.graphs) / f"{network}, {form}.onnx"
+    if path.exists():
+        return onnx.load(path)
+    from tersor.pipeline import deployment_graph, quantize_graph
+
+    splits = tersor.load_data(options.data, num_calibration=512)
+    module = tersor.load_model(network, weights=weights)
+    sparsity, spec = FORMS[form]
+    if sparsity:
+        module = tersor.prune(module, tersor.Prune(sparsity=sparsity, scope="global")).module
+    graph = deployment_graph(module, splits.input_shape, fold_copies=True)
+    if spec is not None:
+        graph = quantize_graph(graph, splits, tersor.Quantize(**spec)).graph
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(graph, path)
+    return graph
+
+
+def weights_of(graph):
+    """Weights with their elements to be coded: codes, indexes or floats of at least two axes."""
+    held = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+    return {
+        name: array
+        for name, array in held.items()
+        if array.ndim > 1 and (name.endswith("_quantized") or array.dtype == np.float32)
+    }
+
+
+def measure(graph, timed):
+    sums, sparse = {}, {}
+    elements = nonzero = 0
+    seconds = {}
+    forms = {}
+    for _, array in sorted(weights_of(graph).items()):
+        name, section = tersor.artifact.encoding.smallest(array)
+        name = detail(name, section)
+        ideal, spent = decode(name.split(",")[0], section, array, timed)
+        forms[name] = forms.get(name, 0) + array.size
+        if timed:
+            held = seconds.setdefault(name, [0, 0.0])
+            held[0] += array.size
+            held[1] += spent
+        costs = {"ours": len(section), "entropy": ideal, **rivals(array)}
+        held = int(np.count_nonzero(array))
+        for kept in (sums, sparse) if held <= 0.1 * array.size else (sums,):
+            for key, value in {**costs, "elements": array.size}.items():
+                kept[key] = kept.get(key, 0) + value
+        elements += array.size
+        nonzero += held
+    speed = {name: round(size / spent) for name, (size, spent) in seconds.items()}
+    total = sum(spent for _, spent in seconds.values())
+    return {
+        "elements": elements,
+        "density": nonzero / elements,
+        "bits_per_weight": 8 * sums["ours"] / elements,
+        "bytes": rounded(sums),
+        "bytes_where_at_most_a_tenth_is_not_0": rounded(sparse),
+        "encodings": forms,
+        "weights_a_second": {**speed, **({"all": round(elements / total)} if total else {})},
+    }
+
+
+def rounded(sums):
+    return {key: round(value) for key, value in sums.items() if not np.isnan(value)}
+
+
+def detail(name, section):
+    return f"{name}, {('constant', 'runs', 'context')[section[0]]}" if name == "codes" else name
+
+
+class Spy(Reader):
+    """A reader that adds up what its symbols cost under its tables."""
+
+    meter = Meter()
+
+    def symbols(self, table, index, known):
+        return self.meter.symbols(table, index, super().symbols(table, index, known))
+
+    def run(self, table, count, known):
+        return self.meter.run(table, count, super().run(table, count, known))
+
+    def uniform(self, sizes, known):
+        return self.meter.uniform(sizes, super().uniform(sizes, known))
+
+
+def decode(name, section, array, timed):
+    """Bytes that an ideal coder would take under the same model (tables beside), and seconds."""
+    encoding, data = ENCODINGS[name], memoryview(bytes(section))
+    spent = []
+    for _ in range(3 if timed else 0):
+        start = time.perf_counter()
+        found = encoding.decode(data, array.shape, array.dtype, Steps(1 << 30))
+        spent.append(time.perf_counter() - start)
+        assert found.tobytes() == array.tobytes()
+    Spy.meter = Meter()
+    before = coded.Reader, integers.Reader
+    coded.Reader = integers.Reader = Spy
+    try:
+        encoding.decode(data, array.shape, array.dtype, Steps(1 << 30))
+    finally:
+        coded.Reader, integers.Reader = before
+    ideal = Spy.meter.parts / PART / 8
+    return ideal if name == "codes" else float("nan"), min(spent, default=0.0)
+
+
+def rivals(array):
+    """Bytes of the others for the same elements."""
+    data = array.tobytes()
+    found = {
+        "zstd": len(zstandard.ZstdCompressor(level=LIMITS["zstd"]).compress(data)),
+        "lzma": len(lzma.compress(data, preset=LIMITS["lzma"])),
+    }
+    if array.itemsize > 1:
+        planes = np.frombuffer(data, np.uint8).reshape(-1, array.itemsize).T
+        return {**found, "huffman": sum(huffman(np.ascontiguousarray(p)) for p in planes)}
+    codes = array.astype(np.int64)
+    codes -= codes.min()
+    rows = codes.reshape(len(codes), -1)
+    zero = int(-array.astype(np.int64).min())
+    return {
+        **found,
+        "one_table": entropy(codes.ravel()) / 8,
+        "row_tables": sum(entropy(row, int(codes.max()) + 1) for row in rows) / 8,
+        "row_by_column": min(
+            row_by_column(array.reshape(len(array), -1), 1),
+            row_by_column(array.reshape(len(array), -1), array[0, 0].size),
+        )
+        / 8,
+        "huffman": min(huffman(codes.ravel()), relative_huffman(codes.ravel(), zero)),
+    }
+
+
+def entropy(symbols, size=None):
+    """Bits of an ideal coder with one table over `size` symbols (as many as there are)."""
+    counts = np.bincount(symbols)
+    counts = counts[counts > 0]
+    ideal = -(counts * np.log2(counts / counts.sum())).sum()
+    return float(ideal + table_bits(counts, int(symbols.max()) + 1 if size is None else size))
+
+
+def table_bits(counts, size):
+    """Bits of a table: which of `size` symbols occur, and how often, each to the precision that pays."""
+    which = (
+        math.lgamma(size + 1) - math.lgamma(len(counts) + 1) - math.lgamma(size - len(counts) + 1)
+    )
+    return which / math.log(2) + 0.5 * float(np.log2(counts + 1).sum())
+
+
+def row_by_column(matrix, group):
+    """Bits with one table for each class of row scale x column scale (of `group` columns together);
+    scales in half octaves at their own entropy."""
+    size = np.abs(matrix.astype(np.int64))
+    columns = size.reshape(len(size), -1, group).mean(axis=(0, 2))
+    steps = [half_octaves(size.mean(axis=1)), half_octaves(columns)]
+    classes = steps[0][:, None] + np.repeat(steps[1], group)[None]
+    codes = matrix.astype(np.int64) - int(matrix.min())
+    classes -= classes.min()
+    tables = np.zeros((int(classes.max()) + 1, int(codes.max()) + 1), np.int64)
+    np.add.at(tables, (classes.ravel(), codes.ravel()), 1)
+    total = tables.sum(axis=1, keepdims=True)
+    held = tables[tables > 0]
+    share = (tables / np.maximum(total, 1))[tables > 0]
+    bits = -(held * np.log2(share)).sum()
+    bits += sum(table_bits(table[table > 0], len(table)) for table in tables if table.any())
+    return float(bits + sum(entropy(step - step.min()) for step in steps))
+
+
+def half_octaves(means):
+    return np.round(2 * np.log2(np.maximum(means, 2.0**-12))).astype(np.int64)
+
+
+def huffman(symbols):
+    """Bytes of a canonical Huffman code and one byte for each symbol's length."""
+    counts = np.bincount(symbols)
+    heap = [(int(c), i) for i, c in enumerate(counts[counts > 0])]
+    if len(heap) == 1:
+        return 2
+    heapq.heapify(heap)
+    bits, number = 0, len(heap)
+    while len(heap) > 1:
+        one, other = heapq.heappop(heap), heapq.heappop(heap)
+        bits += one[0] + other[0]
+        number += 1
+        heapq.heappush(heap, (one[0] + other[0], number))
+    return bits / 8 + int((counts > 0).sum())
+
+
+def relative_huffman(codes, zero):
+    """Deep Compression (Han et al. 2016): distances of 4 or 5 bits, filled up with zeros."""
+    places = np.flatnonzero(codes != zero)
+    if not places.size:
+        return 2
+    gaps = np.diff(places, prepend=-1) - 1
+    best = []
+    for bits in (4, 5):
+        most = 1 << bits
+        fillers = gaps // most
+        distances = np.concatenate([gaps % most, np.full(int(fillers.sum()), most - 1)])
+        values = np.concatenate([codes[places], np.full(int(fillers.sum()), zero)])
+        best.append(huffman(distances) + huffman(values))
+    return min(best)
+
+
+def line_of(row):
+    lines = [
+        f"{row['network']}, {row['form']}: density {row['density']:.3f}, bits {row['bits_per_weight']:.3f}"
+    ]
+    for key in ("bytes", "bytes_where_at_most_a_tenth_is_not_0"):
+        held = row[key]
+        if held:
+            others = "  ".join(
+                f"{name} {held['ours'] / value - 1:+.1%}"
+                for name, value in held.items()
+                if name not in ("ours", "elements")
+            )
+            lines.append(f"  {key}: {held['ours']:,} for {held['elements']:,}  {others}")
+    speeds = {k: f"{v / 1e6:.1f} M/s" for k, v in row["weights_a_second"].items()}
+    return "\n".join([*lines, f"  {speeds} {row['encodings']}"])
+
+
+if __name__ == "__main__":
+    main()
