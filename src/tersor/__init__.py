@@ -29,6 +29,7 @@ _HOMES = {
     "StudySettings": "study.settings",
     "TersorError": "errors",
     "benchmark": "bench.timing:time_sessions",
+    "compress": "ondemand.compress",
     "evaluate": "bench.evaluate",
     "export_onnx": "graph.export",
     "factorize": "methods.factorize",

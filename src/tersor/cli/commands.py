@@ -11,10 +11,11 @@ from tyro.conf import Positional
 
 from tersor.cli.activity import activity
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.compression import compress, factorize, prune
+from tersor.cli.compression import factorize, prune
 from tersor.cli.contents import export, inspect
 from tersor.cli.distillation import distill
 from tersor.cli.measure import benchmark, evaluate
+from tersor.cli.ondemand import advise, compress
 from tersor.cli.output import Output, say, training_watch, watching
 from tersor.cli.quantization import quantize
 from tersor.cli.sensitivity import sensitivity
@@ -91,6 +92,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "distill": distill,
     "evaluate": evaluate,
     "compress": compress,
+    "advise": advise,
     "prune": prune,
     "factorize": factorize,
     "quantize": quantize,
