@@ -77,7 +77,7 @@ def photos(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_photos_needs_no_classes(photos):
-    with pytest.raises(DataError, match='give "size" in dataset.json'):
+    with pytest.raises(DataError, match=r'give "size" in dataset\.json'):
         load_data(f"folder:{photos}")
     (photos / "dataset.json").write_text(json.dumps({"size": [5, 7]}))
     splits = load_data(f"folder:{photos}")

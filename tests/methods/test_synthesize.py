@@ -26,7 +26,9 @@ def distances(module, images):
         found.append(float(((mean - part.running_mean).abs() / part.running_var.sqrt()).mean()))
 
     hooks = [
-        p.register_forward_pre_hook(watch) for p in module.modules() if isinstance(p, nn.BatchNorm2d)
+        p.register_forward_pre_hook(watch)
+        for p in module.modules()
+        if isinstance(p, nn.BatchNorm2d)
     ]
     with torch.no_grad():
         module(torch.from_numpy(images))
@@ -55,5 +57,5 @@ def test_the_seed_decides_and_the_network_is_untouched(net):
 
 def test_a_network_without_batch_norms_says_what_is_needed():
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3))
-    with pytest.raises(ModelError, match="no batch norms.*--data"):
+    with pytest.raises(ModelError, match=r"no batch norms.*--data"):
         synthetic_inputs(plain, (1, 8, 8), 4)

@@ -139,5 +139,5 @@ def test_requests_that_mean_nothing_are_refused():
     with pytest.raises(SpecError, match="no forms"):
         best([], {})
     only = Form("a", {"latency_ms": 1.0}, 0.0, 0.0, {"x": [Option(1, 1.0, 1.0)]})
-    with pytest.raises(SpecError, match="'latency'.*latency_ms"):
+    with pytest.raises(SpecError, match=r"'latency'.*latency_ms"):
         best([only], {"latency": 1.0})

@@ -45,9 +45,13 @@ class Drop:
     def __str__(self) -> str:
         if self.interval is not None:
             low, high = -self.interval.high_pt, -self.interval.low_pt
-            return f"{self.estimate_pt:+.2f} points lost ({low:+.2f} to {high:+.2f}, n = {self.num_samples}, by labels)"
+            return (
+                f"{self.estimate_pt:+.2f} points lost ({low:+.2f} to {high:+.2f}, "
+                f"n = {self.num_samples}, by labels)"
+            )
         return (
-            f"{self.estimate_pt:.2f} points expected to be lost, at most {self.high_pt:.2f} (95 %, n = {self.num_samples}, "
+            f"{self.estimate_pt:.2f} points expected to be lost, at most {self.high_pt:.2f} (95 %, "
+            f"n = {self.num_samples}, "
             f"no labels: by the original's answers; {self.agreement:.2%} the same)"
         )
 
@@ -62,11 +66,11 @@ def measured_drop(
     """The drop from logits `original` to logits `changed`, both (N, classes), of the same inputs.
 
     Without `labels` (N,) an input on which both agree loses nothing, and one on which they do not loses
-    p(original's class) - p(changed class), p the original's softmax: what a network that knows how sure it may be would expect.
-    Trained networks are surer than they may be (Guo 2017), so this is rather too much than too
-    little; the upper limit is that of a mean, with one more input taken to have lost UNSEEN. With labels the drop is
-    the difference of accuracies, with Tango's interval. Raises DataError for other shapes, no inputs, or values that
-    are not finite.
+    p(original's class) - p(changed class), p the original's softmax: what a network that knows how sure it may be
+    would expect. Trained networks are surer than they may be (Guo 2017), so this is rather too much than too
+    little; the upper limit is that of a mean, with one more input taken to have lost UNSEEN. With labels the drop
+    is the difference of accuracies, with Tango's interval. Raises DataError for other shapes, no inputs, or values
+    that are not finite.
     """
     if original.shape != changed.shape or original.ndim != 2 or not len(original):
         raise DataError(
@@ -90,5 +94,5 @@ def measured_drop(
     found = paired_interval(Score(ours == labels), Score(theirs == labels))
     one_sided = paired_interval(Score(ours == labels), Score(theirs == labels), 2 * LEVEL - 1)
     return Drop(
-        -found.difference_pt, -one_sided.low_pt, agreement, harm, len(p), True, interval=found
+        0.0 - found.difference_pt, 0.0 - one_sided.low_pt, agreement, harm, len(p), True, found
     )

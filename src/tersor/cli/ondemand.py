@@ -65,13 +65,21 @@ def compress(
     """
     words = {"size": size, "latency": latency, "macs": macs, "energy": energy, "drop": drop}
     if recipe is not None:
-        return _by_recipe(words, model, data, recipe, out, weights, num_classes, save_weights, output)
+        return _by_recipe(
+            words, model, data, recipe, out, weights, num_classes, save_weights, output
+        )
     if save_weights is not None:
         raise SpecError("--save-weights goes with --recipe; the answer of a budget is a file")
     from tersor.ondemand.compress import compress as search
 
     asked = Budget(
-        size=size, latency=latency, macs=macs, energy=energy, drop=drop, batch=batch, threads=threads
+        size=size,
+        latency=latency,
+        macs=macs,
+        energy=energy,
+        drop=drop,
+        batch=batch,
+        threads=threads,
     )
     with watching() as watch:
         answer = search(
@@ -97,7 +105,9 @@ def _by_recipe(words: dict[str, Any], model: str, data: str | None, *given: Any)
     from tersor.cli.compression import by_recipe
 
     if said := [f"--{name}" for name, value in words.items() if value]:
-        raise SpecError(f"{', '.join(said)} and --recipe: a recipe decides by itself; give one of both")
+        raise SpecError(
+            f"{', '.join(said)} and --recipe: a recipe decides by itself; give one of both"
+        )
     if data is None:
         raise SpecError("--recipe needs --data")
     return by_recipe(model, data, *given)
@@ -130,33 +140,35 @@ def _show(output: Output, answer: Answer, dry_run: bool) -> None:
     )
     if dry_run:
         bits = answer.choice["bits"]
-        show_table(output, "bits of each layer", ("layer", "bits"), [[k, v] for k, v in bits.items()])
+        show_table(
+            output, "bits of each layer", ("layer", "bits"), [[k, v] for k, v in bits.items()]
+        )
         say(output, f"channels: {answer.choice['channels_share']:.0%} of their time stays")
         return
     assert answer.path is not None, "only a dry run writes no file"
     say(output, f"wrote {answer.path} in {answer.seconds:.0f} s")
-    say(output, next_steps(answer.path, answer.engine))
+    say(output, next_steps(answer.path, answer.engine, answer.input_shape))
 
 
 def _mean_bits(bits: dict[str, int]) -> float:
     return sum(bits.values()) / len(bits) if bits else 8.0
 
 
-def next_steps(path: pathlib.Path, engine: str) -> str:
+def next_steps(path: pathlib.Path, engine: str, input_shape: tuple[int, int, int]) -> str:
     """How to use the file: five lines that serve it, and the commands that judge and export it."""
+    shape = ", ".join(map(str, (1, *input_shape)))
     return f"""
 serve it (no torch needed):
 
     import numpy as np
     import tersor
     session = tersor.open_session(tersor.load("{path}"), engine="{engine}")
-    batch = np.zeros((1, *session_shape), np.float32)  # your input (N, C, H, W), normalised as in training
+    batch = np.zeros(({shape}), np.float32)  # your inputs (N, C, H, W), normalised as in training
     print(session.run(batch).argmax(axis=1))
 
 judge it on a test set:  tersor evaluate {path} --data DATA --original MODEL --original-weights WEIGHTS
 export it:               tersor export {path} --out model.onnx
-train on:                tersor.load("{path}", into=MyModel(), inputs=batches)
-""".replace("(1, *session_shape)", "SHAPE").rstrip()
+train on:                tersor.load("{path}", into=MyModel(), inputs=batches)"""
 
 
 def advise(

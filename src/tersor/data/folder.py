@@ -36,10 +36,12 @@ def cache_dir() -> pathlib.Path:
 def load_folder(
     directory: str | os.PathLike[str], *, seed: int = 0, num_calibration: int = 512
 ) -> Splits:
-    """Read an image folder. All images must have one size (the first training image's), unless dataset.json gives one.
+    """Read an image folder. All images must have one size (the first training image's), unless dataset.json gives
+    one.
 
-    A folder with neither train nor test in it is taken as images without labels (see data.unlabelled). Raises DataError for a missing folder, no images, a class that only the test part has, an image that
-    cannot be read or has another size; the message names the file.
+    A folder with neither train nor test in it is taken as images without labels (see data.unlabelled). Raises
+    DataError for a missing folder, no images, a class that only the test part has, an image that cannot be read or
+    has another size; the message names the file.
     """
     root = pathlib.Path(directory)
     if root.is_dir() and not any((root / part).exists() for part in ("train", "test")):
@@ -229,7 +231,7 @@ def _decode(
         if pixels.shape != images.shape[1:]:
             raise DataError(
                 f"{file}: is {pixels.shape[2]}x{pixels.shape[1]} pixels, the others are "
-                f'{images.shape[3]}x{images.shape[2]}; resize the images to one size, or '
+                f"{images.shape[3]}x{images.shape[2]}; resize the images to one size, or "
                 'give "size" in dataset.json'
             )
         images[index] = pixels

@@ -38,7 +38,9 @@ def unlabelled(
     if pixels.ndim != 4 or not pixels.size:
         raise DataError(f"{name}: inputs have shape {pixels.shape}; expected (N, C, H, W)")
     if len(pixels) < 4:
-        raise DataError(f"{name}: {len(pixels)} inputs are too few; give four at least, better hundreds")
+        raise DataError(
+            f"{name}: {len(pixels)} inputs are too few; give four at least, better hundreds"
+        )
     if pixels.dtype != np.uint8:
         if pixels.dtype.kind != "f":
             raise DataError(

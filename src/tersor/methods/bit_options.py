@@ -56,9 +56,10 @@ def bit_options(
     """The options of every layer of the float `graph` that can be quantized, in the order of computing.
 
     One trial a layer: the change of the network's outputs (KL, on the first `num_images` of `images` (N, C, H, W)
-    float32) with its weight alone at TRIED_BITS. Other bits are taken to hurt in proportion to the squared error of the
-    weight: for small errors the divergence is a quadratic form of them. The bytes are those of the file's own coder on the
-    layer's own codes, of at most SAMPLE weights of it, rows drawn by `seed`. Raises as `sensitivities`.
+    float32) with its weight alone at TRIED_BITS. Other bits are taken to hurt in proportion to the squared error of
+    the weight: for small errors the divergence is a quadratic form of them. The bytes are those of the file's own
+    coder on the layer's own codes, of at most SAMPLE weights of it, rows drawn by `seed`. Raises as
+    `sensitivities`.
     """
     found = sensitivities(
         graph,

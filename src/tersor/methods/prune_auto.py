@@ -32,7 +32,8 @@ def group_harms(
 ) -> dict[str, tuple[list[int], list[float]]]:
     """For each group the numbers of units removed in the trials, rising from 0, and the harm of each (nats), rising.
 
-    `shares` are those removed in a trial. One group alone loses its lowest units in a trial; a harm below that of fewer units is raised to it.
+    `shares` are those removed in a trial. One group alone loses its lowest units in a trial; a harm below that of
+    fewer units is raised to it.
     """
     table = {}
     for group in groups:

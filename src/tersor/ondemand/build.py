@@ -24,7 +24,9 @@ from tersor.ondemand.original import Original
 from tersor.pipeline import CALIBRATION_BATCH, deployment_graph
 from tersor.specs import Finetune, Plan, Quantize
 
-LEARNED_BITS = 5  # at so many bits or fewer rounding looks at the layer's outputs, and repays its time
+LEARNED_BITS = (
+    5  # at so many bits or fewer rounding looks at the layer's outputs, and repays its time
+)
 JUDGED = 512  # held-out inputs on which a network is judged before it gets its bits
 TRAINING = Finetune(
     learning_rate=0.02,
@@ -99,7 +101,9 @@ def _trained(
     epochs = seconds / each / per_epoch
     if epochs * per_epoch < SPEED_STEPS:
         return module, 0.0
-    rate = TRAINING.learning_rate * min(1.0, epochs * per_epoch / 200)  # short trainings step lightly
+    rate = TRAINING.learning_rate * min(
+        1.0, epochs * per_epoch / 200
+    )  # short trainings step lightly
     spec = dc.replace(short, epochs=epochs, learning_rate=max(rate, 1e-3))
     found = finetune(
         module,
@@ -112,12 +116,17 @@ def _trained(
 
 
 def rounded(
-    original: Original, made: Network, bits: Mapping[str, int], watch: Watch
+    original: Original,
+    made: Network,
+    bits: Mapping[str, int],
+    watch: Watch,
+    *,
+    mode: str = "static",
 ) -> tuple[onnx.ModelProto, Plan]:
-    """The integer graph of `made` with `bits` for its layers' weights (8 where none are given), and all plans."""
+    """The quantized graph of `made` with `bits` for its layers' weights (8 where none are given), and all plans."""
     few = min(bits.values(), default=8) <= LEARNED_BITS
     spec = Quantize(
-        mode="static",
+        mode=mode,
         bits=8,
         edge_bits=0,
         rounding="gptq" if few else "nearest",

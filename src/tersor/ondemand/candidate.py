@@ -30,8 +30,8 @@ MODEL = "compressed"
 class Measured:
     """A model that was built, and what was measured of its file; all costs are of the file at `path`.
 
-    `costs`: size_bytes, latency_ms (on `engine`), macs, energy_mj. `speedup` is over PyTorch's eager float32 in the same
-    run. `choice` is what the search had chosen: share of the channels' cost, and bits by layer.
+    `costs`: size_bytes, latency_ms (on `engine`), macs, energy_mj. `speedup` is over PyTorch's eager float32 in the
+    same run. `choice` is what the search had chosen: share of the channels' cost, and bits by layer.
     """
 
     path: pathlib.Path
@@ -73,8 +73,8 @@ def measured(
 ) -> Measured | None:
     """Write `graph` to `path`, and judge what is read back from there; None where no engine is right.
 
-    `quick_coding`: the file without context modelling, a little larger and written many times faster. The drop is judged on
-    the engine that was chosen.
+    `quick_coding`: the file without context modelling, a little larger and written many times faster. The drop is
+    judged on the engine that was chosen.
     """
     told = {"tersor": importlib.metadata.version("tersor"), **(provenance or {})}
     size = save(pack(graph, plan=plan.to_dict(), provenance=told, quick=quick_coding), path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from torch import nn
 
 from tersor.artifact import load, pack, save
 from tersor.artifact.storage import write_whole
+from tersor.bench.drop import measured_drop
 from tersor.bench.environment import environment
 from tersor.errors import BudgetError, RunError, SpecError
 from tersor.ondemand.candidate import Measured
@@ -65,6 +67,7 @@ class Answer:
     choice: Mapping[str, Any]
     data: str
     seconds: float
+    input_shape: tuple[int, int, int]
 
     @property
     def smaller(self) -> float:
@@ -105,13 +108,13 @@ def compress(
 ) -> Answer:
     """Find the best form of `model` within `budget`, and write it to the directory `out`.
 
-    `model` is a module that gives logits (N, classes) of images (N, C, H, W), or the name of one with `weights`. `data`:
-    a name (`folder:DIR`, ...), a Splits, an array (N, C, H, W) as the network sees it, batches of such (a DataLoader), or
-    None: inputs of `input_shape` are then made from the network's batch norms. Labels are used to judge, never to make,
-    where `use_labels` and there are some; without them the drop is judged by the original's own answers, with an
-    upper limit. The test part is never looked at. `effort`: quick (no training, 2 minutes), standard (15 minutes, learns
-    from the original), max; `minutes` sets another time. Times are those of this machine, on the engine that was the
-    fastest of the right ones.
+    `model` is a module that gives logits (N, classes) of images (N, C, H, W), or the name of one with `weights`.
+    `data`: a name (`folder:DIR`, ...), a Splits, an array (N, C, H, W) as the network sees it, batches of such (a
+    DataLoader), or None: inputs of `input_shape` are then made from the network's batch norms. Labels are used to
+    judge, never to make, where `use_labels` and there are some; without them the drop is judged by the original's
+    own answers, with an upper limit. The test part is never looked at. `effort`: quick (no training, 2 minutes),
+    standard (15 minutes, learns from the original), max; `minutes` sets another time. Times are those of this
+    machine, on the engine that was the fastest of the right ones.
 
     `out` gets model.tersor, plan.json, result.json and rows.jsonl (one row a candidate). With `dry_run` nothing but
     what must be measured is built, and the answer holds the prediction. Raises BudgetError where no model that was
@@ -137,6 +140,7 @@ def compress(
         )
         journal.append(_first_row(original, asked, chosen, seed))
         limits = asked.limits(original.costs)
+        original = _able_to_judge(original, limits)
         known = facts(original, chosen, work, seed=seed, watch=watch)
         bound = asked.bound("latency")
         search = Search(
@@ -162,6 +166,20 @@ def compress(
         if not found.met:
             raise BudgetError(_refusal(found, answer))
     return answer
+
+
+def _able_to_judge(original: Original, limits: Mapping[str, float]) -> Original:
+    """So few inputs that even no change could not be shown to keep the drop: the estimate is judged then, and
+    said."""
+    least = measured_drop(original.logits, original.logits).high_pt
+    if original.labels is not None or least <= 0.8 * limits.get("drop_pt", math.inf):
+        return original
+    wanted = math.ceil(1.2 * len(original.held) * least / limits["drop_pt"])
+    note = (
+        f"{len(original.held)} held-out inputs cannot show a drop below {least:.2f} points, so the estimate is judged, "
+        f"not its upper limit; give about {4 * wanted:,} inputs to have it shown"
+    )
+    return dc.replace(original, by_estimate=True, notes=(*original.notes, note))
 
 
 def _written(original: Original, found: Found, directory: pathlib.Path, clock: Clock) -> Answer:
@@ -212,6 +230,7 @@ def _answer(
         best.choice,
         original.data,
         round(clock.passed, 1),
+        original.input_shape,
     )
 
 
@@ -231,7 +250,11 @@ def _predicted(
 ) -> Answer:
     point, axis = search.point()
     described = search.predictor.described(point)
-    drop = {"estimate_pt": described["drop_pt"], "judged_pt": described["drop_pt"], "predicted": True}
+    drop = {
+        "estimate_pt": described["drop_pt"],
+        "judged_pt": described["drop_pt"],
+        "predicted": True,
+    }
     notes = (*original.notes, *known.notes)
     if axis:
         notes = (*notes, f"by prediction nothing fits: {axis} would be passed")
@@ -252,6 +275,7 @@ def _predicted(
         {"channels_share": described["channels_share"], "bits": described["bits"]},
         original.data,
         round(clock.passed, 1),
+        original.input_shape,
     )
 
 
@@ -263,7 +287,9 @@ def _refusal(found: Found, answer: Answer) -> str:
         "energy_mj": answer.energy_mj,
         "drop_pt": found.answer.drop.judged_pt,
     }
-    met = ", ".join(f"{axis} {costs[axis]:,.4g} of {limit:,.4g}" for axis, limit in found.limits.items())
+    met = ", ".join(
+        f"{axis} {costs[axis]:,.4g} of {limit:,.4g}" for axis, limit in found.limits.items()
+    )
     return (
         f"no model that was found is within the budget; the nearest has {met}. What binds is {found.axis}, at layer "
         f"{found.layer!r}. It is written as {answer.path}: raise that bound, or take more effort"
@@ -296,9 +322,11 @@ def _directory(out: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, path
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
-    with Journal(directory / ROWS) as journal:
-        yield directory, work, journal
-    shutil.rmtree(work, ignore_errors=True)
+    try:
+        with Journal(directory / ROWS) as journal:
+            yield directory, work, journal
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

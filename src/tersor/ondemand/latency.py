@@ -1,8 +1,9 @@
 """How long each layer takes on this machine, at any number of channels: measured by itself, and remembered.
 
-A layer is run alone as the integer kernel that a quantized network uses (ONNX Runtime's QLinearConv and QLinearMatMul),
-at its full and at half its channels on both sides; between these four its time is taken to be bilinear. The sum
-over a network's layers tells which channels cost time; the time of the whole is measured on the whole.
+A layer is run alone as the integer kernel that a quantized network uses (ONNX Runtime's QLinearConv and
+QLinearMatMul), at its full and at half its channels on both sides; between these four its time is taken to be
+bilinear. The sum over a network's layers tells which channels cost time; the time of the whole is measured on the
+whole.
 """
 
 from __future__ import annotations
@@ -61,7 +62,14 @@ class LatencyTable:
     def __init__(self, batch: int, threads: int, *, remember: bool = True) -> None:
         self.batch, self.threads = batch, threads
         around = environment()
-        place = [around["cpu"], around["flags"], around["cores"], around["versions"], batch, threads]
+        place = [
+            around["cpu"],
+            around["flags"],
+            around["cores"],
+            around["versions"],
+            batch,
+            threads,
+        ]
         key = hashlib.sha256(json.dumps(place).encode()).hexdigest()[:24]
         self.path = cache_dir() / f"latency-{key}.json" if remember else None
         self._times: dict[str, float] = {}

@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import nn
 
+from tersor.bench.drop import Drop
 from tersor.bench.energy import counted_energy_mj
 from tersor.bench.timing import time_sessions
 from tersor.data import load_data
@@ -41,10 +42,11 @@ SYNTHETIC_CALIBRATION, SYNTHETIC_HELD = 128, 128
 class Original:
     """The network as it was given, and what was measured of it.
 
-    `module` is in eval mode, with exact folds made where `folded`. `inputs` (N, C, H, W) float32 calibrate; `held`, other
-    ones, judge, with `labels` where these are used, and `logits` are the original's on them. `costs` holds size_bytes (its
-    weights and buffers in float32), latency_ms (PyTorch eager float32), macs and energy_mj; `engine_ms` is the float
-    graph's time on ONNX Runtime. `data` says in words what inputs these are; `notes` what a reader must know.
+    `module` is in eval mode, with exact folds made where `folded`. `inputs` (N, C, H, W) float32 calibrate; `held`,
+    other ones, judge, with `labels` where these are used, and `logits` are the original's on them. `costs` holds
+    size_bytes (its weights and buffers in float32), latency_ms (PyTorch eager float32), macs and energy_mj;
+    `engine_ms` is the float graph's time on ONNX Runtime. `data` says in words what inputs these are; `notes` what
+    a reader must know.
     """
 
     module: nn.Module
@@ -62,6 +64,11 @@ class Original:
     synthetic: bool
     folded: tuple[str, ...]
     notes: tuple[str, ...]
+    by_estimate: bool = False
+
+    def judged_pt(self, drop: Drop) -> float:
+        """What a budget's drop is held against: see Drop.judged_pt; `by_estimate` takes the estimate."""
+        return drop.estimate_pt if self.by_estimate else drop.judged_pt
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -103,9 +110,7 @@ def measured_original(
             "finite logits (N, classes) are compared here"
         )
     sessions = {EAGER: open_session(module, engine="torch", threads=threads), FLOAT: engine}
-    times = time_sessions(
-        sessions, splits.input_shape, budget.batch, seconds=effort.timing_seconds
-    )
+    times = time_sessions(sessions, splits.input_shape, budget.batch, seconds=effort.timing_seconds)
     tensors = [*module.parameters(), *module.buffers()]
     size = 4.0 * sum(t.numel() for t in tensors if t.is_floating_point())
     macs = float(sum(layer.macs for layer in graph_layers(graph)))
@@ -135,9 +140,7 @@ def measured_original(
     )
 
 
-def _module(
-    model: nn.Module | str, weights: Any, num_classes: int | None, seed: int
-) -> nn.Module:
+def _module(model: nn.Module | str, weights: Any, num_classes: int | None, seed: int) -> nn.Module:
     if isinstance(model, nn.Module):
         for name, value in (("weights", weights), ("num_classes", num_classes)):
             if value is not None:
@@ -196,6 +199,7 @@ def _told(
         ), "synthetic inputs from batch norms"
     if labels is None:
         return (
-            f"no labels: the drop is judged by the original's own answers on {num_held} held-out inputs of {splits.name}",
+            f"no labels: the drop is judged by the original's own answers on {num_held} held-out inputs of "
+            f"{splits.name}",
         ), f"{num_held} held-out inputs of {splits.name}, no labels"
     return (), f"{num_held} held-out inputs of {splits.name} with their labels (validation part)"

@@ -17,7 +17,7 @@ from tersor.ondemand.candidate import Measured, measured
 from tersor.ondemand.effort import Clock, Effort, Watch
 from tersor.ondemand.latency import LatencyTable, time_cost
 from tersor.ondemand.original import Original
-from tersor.ondemand.predict import Predictor
+from tersor.ondemand.predict import STATIC, Predictor
 from tersor.search.tradeoff import GOALS, Point, best, nearest, nondominated, pareto, points
 
 FAMILY_IMAGES = 128  # on which channels are tried
@@ -76,7 +76,7 @@ def facts(
         graph,
         plan,
         directory / "candidate_0.tersor",
-        {"channels_share": 1.0, "bits": {}},
+        {"channels_share": 1.0, "mode": STATIC, "bits": {}},
         macs=original.costs["macs"],
         engines=ENGINES_AT_ONE if original.batch == 1 else None,
         seconds=effort.timing_seconds,
@@ -148,15 +148,16 @@ class Search:
             return nearest(forms, limits)
 
     def run(self) -> Found:
-        """Build candidates until they repeat, the rounds or the time are used up; Ctrl-C ends the search with what
-        there is once one candidate fits."""
-        tried: set[Any] = {(1.0, ())}
+        """Build candidates until they repeat, or the rounds or the time are used up; one is always built."""
+        tried: set[Any] = {((1.0, STATIC), (8,))}
         last = self.known.first.seconds
         for number in range(1, self.effort.rounds + 1):
             point, _ = self.point()
             bits = {layer: int(option.choice) for layer, option in point.choices.items()}
-            key = (point.form.choice, tuple(bits.items()))
-            if key in tried or self.clock.left < AFTER_SHARE * last:
+            key = (point.form.choice, tuple(bits.values()))
+            if set(bits.values()) == {8}:
+                key = (point.form.choice, (8,))
+            if key in tried or (number > 1 and self.clock.left < AFTER_SHARE * last):
                 break
             tried.add(key)
             started = time.monotonic()
@@ -181,14 +182,12 @@ class Search:
 
     def excess(self, each: Measured) -> tuple[float, str]:
         """The largest ratio of what was measured to its limit, and the axis; at most 1 where all is met."""
-        ratios = [
-            (self._value(each, axis) / limit, axis) for axis, limit in self.asked.items()
-        ]
+        ratios = [(self._value(each, axis) / limit, axis) for axis, limit in self.asked.items()]
         return max(ratios, default=(0.0, ""))
 
     def _value(self, each: Measured, axis: str) -> float:
         if axis == "drop_pt":
-            return max(each.drop.judged_pt, 0.0)
+            return max(self.original.judged_pt(each.drop), 0.0)
         if axis == "latency_ms" and self.relative_latency:  # both in the same run
             return self.original.costs["latency_ms"] / each.speedup
         return each.costs[axis]
@@ -197,26 +196,28 @@ class Search:
         """As `search.tradeoff.best`, on what was measured."""
         goals = [axis for axis in GOALS if axis not in self.asked]
         if "drop_pt" not in self.asked:
-            least = min(each.drop.judged_pt for each in fitting)
-            fitting = [each for each in fitting if each.drop.judged_pt <= least + FREE_PT]
+            least = min(self._value(each, "drop_pt") for each in fitting)
+            fitting = [each for each in fitting if self._value(each, "drop_pt") <= least + FREE_PT]
         if not goals:
-            return min(fitting, key=lambda each: (each.drop.judged_pt, each.costs["size_bytes"]))
+            return min(
+                fitting, key=lambda each: (self._value(each, "drop_pt"), each.costs["size_bytes"])
+            )
         return min(fitting, key=lambda e: sum(math.log(e.costs[axis]) for axis in goals))
 
     def _build(self, number: int, point: Point, bits: Mapping[str, int]) -> None:
         started = time.monotonic()
-        share = float(point.form.choice)
+        share, mode = point.form.choice
         made = self._network(share)
-        graph, plan = rounded(self.original, made, bits, self.watch)
+        graph, plan = rounded(self.original, made, bits, self.watch, mode=mode)
         self.watch(f"candidate {number}: file, engine, answers", 0.0)
         found = measured(
             self.original,
             graph,
             plan,
             self.directory / f"candidate_{number}.tersor",
-            {"channels_share": share, "bits": dict(bits), "epochs": made.epochs},
+            {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
             macs=point.form.costs["macs"],
-            engines=self._engines(),
+            engines=self._engines() if mode == STATIC else ["onnxruntime"],
             seconds=self.effort.timing_seconds,
         )
         if found is None:
@@ -256,7 +257,7 @@ class Search:
             {
                 **each.row()["choice"],
                 **each.costs,
-                "drop_pt": each.drop.judged_pt,
+                "drop_pt": self._value(each, "drop_pt"),
                 "measured": True,
                 "file": each.path.name,
             }
@@ -277,4 +278,3 @@ class Search:
 def _dearest(point: Point) -> str:
     """The layer that takes the most bytes."""
     return max(point.choices, key=lambda layer: point.choices[layer].cost, default="")
-

@@ -1,8 +1,8 @@
 """From forms of a network, each with options for its layers, to the best model within limits.
 
 A form is one way to build the network as a whole (so much of its channels, in integers or floats): it fixes
-what a run costs. What its layers' options cost is bytes. There are few forms, so all are looked at, and within a form the
-bytes are given to layers by `search.allocate`: for a limit on bytes the least harm, or, with the roles of
+what a run costs. What its layers' options cost is bytes. There are few forms, so all are looked at, and within a
+form the bytes are given to layers by `search.allocate`: for a limit on bytes the least harm, or, with the roles of
 bytes and harm exchanged, for a limit on harm the fewest bytes.
 """
 
@@ -63,8 +63,8 @@ def best(forms: Sequence[Form], limits: Limits, *, slack: float = 0.0) -> Point:
 
     Of size_bytes and latency_ms those that have no limit are made small: their product is. Without a limit on
     harm it is at most the least that the other limits allow plus `slack`. Where both have a limit the harm is made
-    small. Within a form the allocation is that of `allocate`, so never worse than the best by more than one step of one
-    layer. Raises SpecError for no forms or unknown axes, BudgetError where nothing fits.
+    small. Within a form the allocation is that of `allocate`, so never worse than the best by more than one step of
+    one layer. Raises SpecError for no forms or unknown axes, BudgetError where nothing fits.
     """
     _check(forms, limits)
     inside = [form for form in forms if form.within(limits)]
