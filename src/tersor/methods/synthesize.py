@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tersor.errors import ModelError
 from tersor.methods.device import usable_precision
 
-BATCH = 64  # images that share statistics
+BATCH = 32  # images that share statistics
 LEARNING_RATE = 0.1
-STEPS = 120
+STEPS = 60
 CLASS_SHARE = 0.1  # of the loss: every class is asked for as often
 SMOOTH_SHARE = 0.02  # neighbouring pixels of photographs are alike
 

@@ -35,7 +35,7 @@ from tersor.specs import Budget
 FloatArray = npt.NDArray[np.float32]
 EAGER, FLOAT = "PyTorch eager float32", "ONNX Runtime float32"
 # Without data: more are dear to make, and say little more.
-SYNTHETIC_CALIBRATION, SYNTHETIC_HELD = 128, 128
+SYNTHETIC = 128
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -166,11 +166,10 @@ def _splits(
             raise SpecError(
                 "without data the size of an input must be given: --input-shape 3 32 32 (channels height width)"
             )
-        count = SYNTHETIC_CALIBRATION + SYNTHETIC_HELD
         made = synthetic_inputs(
             module,
             input_shape,
-            count,
+            SYNTHETIC,
             seed=seed,
             on_progress=lambda share: watch("making inputs from batch norms", share),
         )
