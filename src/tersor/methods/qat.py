@@ -91,7 +91,7 @@ def train_quantized(
     # Before the weights get steps: the folded layer's codes are those of every copy.
     folded, _ = fold_copies_(prepared, torch.zeros(2, *splits.input_shape))
     graph = export_onnx(prepared, splits.input_shape)
-    layers = _trainable(prepared, graph, exclude)
+    layers = trainable_layers(prepared, graph, exclude)
     every = [layer.name for layer in graph_layers(graph)]
     edges = {every[0]: edge_bits, every[-1]: edge_bits}
     decisions = _decisions(layers, weight_bits, activation_bits, edges, code)
@@ -126,7 +126,7 @@ def train_quantized(
     return QatResult(plain, learned, trained)
 
 
-def _trainable(
+def trainable_layers(
     module: nn.Module, graph: onnx.ModelProto, exclude: Sequence[str]
 ) -> list[GraphLayer]:
     """The graph's layers, in the order of computing, that are layers of `module` and may be quantized."""
