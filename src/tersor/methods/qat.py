@@ -105,7 +105,7 @@ def train_quantized(
         levels=2**activation_bits,
     )
     prepare_(prepared, decisions, sources, ranges, symmetric_inputs=symmetric_inputs)
-    _set_dropout_(prepared)
+    set_dropout_(prepared)
     trained = finetune(
         prepared,
         splits,
@@ -122,7 +122,7 @@ def train_quantized(
     trained = dc.replace(trained, module=settled)
     plain, learned = strip(settled)
     _unfold_(plain, learned, folded)
-    _set_dropout_(plain, module)
+    set_dropout_(plain, module)
     return QatResult(plain, learned, trained)
 
 
@@ -265,7 +265,7 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
     return layer
 
 
-def _set_dropout_(module: nn.Module, like: nn.Module | None = None) -> None:
+def set_dropout_(module: nn.Module, like: nn.Module | None = None) -> None:
     """The shares that dropout drops: none, or as in the module `like`."""
     for name, part in module.named_modules():
         if isinstance(part, _DropoutNd):

@@ -34,7 +34,7 @@ from tersor.methods.paired_moments import (
     weight_of,
 )
 from tersor.methods.reestimate import reestimate_batch_norm
-from tersor.tensors.rate_distortion import code_by_rate, factor
+from tersor.tensors.rate_distortion import at_least, code_by_rate, factor
 
 MOST_COLUMNS = 8  # drawn of a layer's inputs, for each input of a row: what its second moment needs
 LEAST_POSITIONS, MOST_POSITIONS = 4, 64  # of an image's map
@@ -43,11 +43,14 @@ LEAST_POSITIONS, MOST_POSITIONS = 4, 64  # of an image's map
 @dc.dataclass(frozen=True, eq=False)
 class CodedLayer:
     """What coding a layer came to: `size_bytes` of its codes in a file, `bits` as `tensors.rates` counts them,
-    `error` the squared error of its outputs as a share of their variance."""
+    `error` the squared error of its outputs as a share of their variance. An error of 1 in a weight of output
+    r and input k was worth about outputs[r] * inputs[k] nats, (O,) and (K,) float32."""
 
     size_bytes: int
     bits: float
     error: float
+    outputs: FloatArray
+    inputs: FloatArray
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -171,10 +174,11 @@ class _Work:
         pairs = zip(factors, moments.cross.numpy(), rows.numpy(), strict=True)
         wanted = np.concatenate([each.fitted(cross, own) for each, cross, own in pairs])
         price = self.price(name) if callable(self.price) else self.price
+        importance = at_least(self._importance(name, len(wanted)))
         coded = code_by_rate(
             wanted,
             factors,
-            self._importance(name, len(wanted)),
+            importance,
             price,
             positions=num_positions(layer),
             keep=self._keep(name, wanted.shape),
@@ -187,7 +191,8 @@ class _Work:
         codes = np.ascontiguousarray(coded.codes.reshape(before.shape))
         self.learned[name] = LearnedLayer(LayerBits(8), coded.codes, coded.scale, None)
         error = moments.error(weight.reshape(rows.shape))
-        self.done[name] = CodedLayer(coded_bytes(codes), coded.bits, error)
+        inputs = np.mean([each.curvature() for each in factors], axis=0)
+        self.done[name] = CodedLayer(coded_bytes(codes), coded.bits, error, importance, inputs)
         if self.told is not None:
             self.told(name, self.done[name])
 
@@ -200,4 +205,3 @@ class _Work:
         if mask is None:
             return None
         return as_rows(self.layers[name], mask).reshape(shape).numpy()
-

@@ -52,6 +52,19 @@ class Factor:
         found[:, self.order] = solved.T.float().numpy()
         return found
 
+    def level(self) -> float:
+        """Logarithm of what an error of 1 in a column leaves once the others have made up for it, the mean
+        over the columns; 0 for an H of zeros."""
+        if self.root is None:
+            return 0.0
+        return 2 * self.root.diagonal().clamp_min(1e-20).log().mean().item()
+
+    def curvature(self) -> FloatArray:
+        """About that for each column (K,) float32: in proportion to the diagonal of H."""
+        diagonal = np.diag(self.hessian) + np.float32(self.added)
+        logarithm = np.log(np.maximum(diagonal, np.finfo(np.float32).tiny))
+        return np.exp(logarithm - logarithm.mean() + self.level()).astype(np.float32)
+
 
 def factor(hessian: FloatArray) -> Factor:
     """The factor of a second moment (K, K) float32, damped as GPTQ's. Raises ModelError where it is not
@@ -101,14 +114,12 @@ def code_by_rate(
     price that is not above 0 or shapes that do not fit, ModelError for values that are not finite.
     """
     _check(wanted, factors, importance, price)
-    least = np.float32(LEAST_IMPORTANCE) * importance.mean()
-    worth = (np.maximum(importance, least) / price).astype(np.float32)  # of an error, in bits
+    worth = (at_least(importance) / price).astype(np.float32)  # of an error, in bits
     groups = _groups(len(wanted), factors)
     finest = np.ones(len(wanted), np.float32)
     for rows, each in groups:
         if each.root is not None:
-            level = 2 * each.root.diagonal().clamp_min(1e-20).log().mean().item()
-            finest[rows] = np.sqrt(6 / (np.log(2) * np.exp(level) * worth[rows].clip(1e-30)))
+            finest[rows] = np.sqrt(6 / (np.log(2) * np.exp(each.level()) * worth[rows]))
     largest = np.abs(wanted).max(axis=1, initial=0)
     smallest = np.maximum(largest / LARGEST_CODE, np.finfo(np.float32).tiny)
     best: list[npt.NDArray[np.floating]] = []
@@ -119,7 +130,9 @@ def code_by_rate(
             rates = fit_rates(codes, positions)
             codes = np.concatenate(
                 [
-                    sweep(wanted[at], each, step[at], worth[at], rates.of_rows(at), keep=_of(keep, at))
+                    sweep(
+                        wanted[at], each, step[at], worth[at], rates.of_rows(at), keep=_of(keep, at)
+                    )
                     for at, each in groups
                 ]
             )
@@ -139,7 +152,17 @@ def code_by_rate(
             ]
         best = found
     loss, scale, bits, codes = best
-    return Coded(codes.astype(np.int8), scale.astype(np.float32), float(bits.sum()), float(loss.sum()))
+    return Coded(
+        codes.astype(np.int8), scale.astype(np.float32), float(bits.sum()), float(loss.sum())
+    )
+
+
+def at_least(importance: FloatArray) -> FloatArray:
+    """`importance` (R,), none below a small share of the mean; ones where all are 0."""
+    mean = importance.mean()
+    return (
+        np.maximum(importance, np.float32(LEAST_IMPORTANCE) * mean) if mean > 0 else importance + 1
+    )
 
 
 def first_codes(wanted: FloatArray, step: FloatArray) -> Codes:
@@ -149,9 +172,7 @@ def first_codes(wanted: FloatArray, step: FloatArray) -> Codes:
     return rounded.clip(-LARGEST_CODE, LARGEST_CODE).astype(np.int8)
 
 
-def refitted(
-    wanted: FloatArray, codes: Codes, step: FloatArray, hessian: FloatArray
-) -> FloatArray:
+def refitted(wanted: FloatArray, codes: Codes, step: FloatArray, hessian: FloatArray) -> FloatArray:
     """Scales (R,) of least error for the codes at hand; `step` where that is nothing sensible."""
     image = codes.astype(np.float32) @ hessian
     product, square = (image * wanted).sum(axis=1), (image * codes).sum(axis=1)
@@ -255,9 +276,7 @@ def _groups(num_rows: int, factors: Sequence[Factor]) -> list[tuple[slice, Facto
     return [(slice(n * size, (n + 1) * size), each) for n, each in enumerate(factors)]
 
 
-def _of(
-    keep: npt.NDArray[np.bool_] | None, rows: slice
-) -> npt.NDArray[np.bool_] | None:
+def _of(keep: npt.NDArray[np.bool_] | None, rows: slice) -> npt.NDArray[np.bool_] | None:
     return None if keep is None else keep[rows]
 
 

@@ -83,9 +83,7 @@ def _contexts(flags: npt.NDArray[np.bool_], positions: int) -> npt.NDArray[np.ui
     return found
 
 
-def _sizes(
-    codes: Codes, flags: npt.NDArray[np.bool_]
-) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+def _sizes(codes: Codes, flags: npt.NDArray[np.bool_]) -> tuple[FloatArray, npt.NDArray[np.int64]]:
     """Bits of each magnitude by class of row, and the class of each row: half octaves of its mean size."""
     magnitude = np.abs(codes.astype(np.int16))
     counts = flags.sum(1)
