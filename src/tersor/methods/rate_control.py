@@ -8,7 +8,7 @@ is worth its bits: with u = v / scale and n the whole number nearest to |u|, whe
 
 worth = importance of the output * curvature of the input * scale^2: the model of rate and distortion by which
 the codes were chosen before the training (`tensors.rate_distortion`), with the other columns left as they
-are. So each weight has a dead zone of its own, |u| < dead, made anew every REFRESH steps from the bits that the
+are. So each weight has a dead zone of its own, |u| < dead, made anew every REFRESH steps or sooner from the bits that the
 present codes make likely, and as wide as the size demands. The rate follows Oktay 2020 and Girish 2023 in
 being part of what is trained; the dead zones, and a price found by the size, are ours.
 """
@@ -31,7 +31,7 @@ from tersor.methods.fake_quantize import SMALLEST_STEP
 from tersor.tensors.rates import LARGEST_CODE, Rates, fit_rates
 
 FloatArray = npt.NDArray[np.float32]
-REFRESH = 25  # steps between two looks at the codes
+REFRESH, LEAST_LOOKS = 25, 60  # steps between two looks at the codes; looks in a short training
 RATIO_EVERY = 20  # looks, of which one codes all layers to see what the rates leave out
 TRIES = 4  # of a price in one look
 ELASTICITY = 0.4  # the size falls about as price^-0.4 (measured from 3 bits a weight to 0.1)
@@ -162,7 +162,7 @@ class SizeControl(nn.Module):
 
     def begin(self, step: int, num_steps: int) -> None:
         """Be told that `step` (from 0) begins."""
-        if step % REFRESH == 0:
+        if step % max(1, min(REFRESH, num_steps // LEAST_LOOKS)) == 0:
             done = min(1.0, step / max(1.0, self.ramp * num_steps))
             wanted = self.start_bytes * (self.end_bytes / self.start_bytes) ** done
             if self.looks % RATIO_EVERY == 0 and self.looks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses as dc
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from tersor.methods.importance import output_importance
 from tersor.methods.layer_statistics import FloatArray
 from tersor.methods.learned import LayerBits, LearnedLayer
 from tersor.methods.paired_moments import (
+    CHUNK,
     BatchStatistics,
     MomentSums,
     Reading,
@@ -36,6 +38,7 @@ from tersor.methods.paired_moments import (
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.tensors.rate_distortion import at_least, code_by_rate, factor
 
+CODED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 MOST_COLUMNS = 8  # drawn of a layer's inputs, for each input of a row: what its second moment needs
 LEAST_POSITIONS, MOST_POSITIONS = 4, 64  # of an image's map
 
@@ -78,7 +81,7 @@ class Calibration:
         self.precision, self.seed = precision, seed
         self.inputs = input_chunks(batches)
         self.original = on_device(copy.deepcopy(original).eval(), self.inputs[0].device)
-        self.importance = output_importance(
+        self.outputs = output_importance(
             original, [chunk.numpy() for chunk in self.inputs], precision=precision, seed=seed
         )
 
@@ -87,38 +90,55 @@ class Calibration:
         """How many there are."""
         return sum(map(len, self.inputs))
 
+    def part(self, num_images: int) -> Calibration:
+        """The same with the first images alone."""
+        found = copy.copy(self)
+        found.inputs = list(torch.cat(self.inputs)[:num_images].split(CHUNK))
+        return found
+
+    def worth_of_a_weight(self, names: Iterable[str]) -> float:
+        """What all outputs of the layers `names` are worth, in nats, over the number of their weights."""
+        layers = dict(weight_layers(self.original))
+        held = {name: self.outputs[name] for name in names if name in self.outputs}
+        worth = sum(float((each.importance * each.variance).sum()) for each in held.values())
+        return worth / max(sum(weight_of(layers[name]).numel() for name in held), 1)
+
 
 def code_network(
     calibration: Calibration,
     price: float | Callable[[str], float],
     *,
-    module: nn.Module | None = None,
-    exclude: Iterable[str] = (),
+    names: Iterable[str] | None = None,
     masks: Mapping[str, torch.Tensor] | None = None,
     told: Callable[[str, CodedLayer], None] | None = None,
+    quick: bool = False,
 ) -> CodedNetwork:
-    """Code all convolutional and linear layers of `module` (default: the original) but those of `exclude`.
+    """Code the convolutional and linear layers `names` (default: all) of a copy of the original.
 
     `price` is what a bit may cost in nats of KL(original || coded), or gives it for a layer by name when its
     turn comes. `masks` (parameter name -> bool, True = keep): pruned weights stay 0. `told` hears of each
-    layer when it is done. Raises DataError for unusable inputs, ModelError for weights that are not finite
-    and for layers that are too wide.
+    layer when it is done. `quick`: one step and one round, which cost a few percent of the bytes. Raises
+    DataError for unusable inputs, ModelError for weights that are not finite and layers that are too wide.
     """
-    held = calibration.original if module is None else module
-    student = on_device(copy.deepcopy(held).eval(), calibration.inputs[0].device)
-    work = _Work(student, calibration, price, set(exclude), masks or {}, told)
+    student = copy.deepcopy(calibration.original)
+    work = _Work(student, calibration, price, masks or {}, quick)
+    work.told = told
+    layers = {name: layer for name, layer in weight_layers(student) if isinstance(layer, CODED)}
+    if names is not None:
+        layers = {name: layers[name] for name in names}
+    work.take(layers)
     with BatchStatistics(student):
         walk_pairs(
             calibration.original,
             student,
             calibration.inputs,
-            {name: work.layers[name] for name in work.chosen},
+            work.layers,
             work.change,
             calibration.precision,
             work.positions,
             calibration.seed,
         )
-    for name in work.chosen:
+    for name in work.layers:
         if name not in work.learned:
             work.kept[name] = "no input reaches it"
     settled = reestimate_batch_norm(
@@ -137,26 +157,28 @@ class _Work:
         student: nn.Module,
         calibration: Calibration,
         price: float | Callable[[str], float],
-        exclude: set[str],
         masks: Mapping[str, torch.Tensor],
-        told: Callable[[str, CodedLayer], None] | None,
+        quick: bool,
     ) -> None:
-        self.layers = dict(weight_layers(student))
-        self.calibration, self.price, self.masks, self.told = calibration, price, masks, told
+        self.calibration, self.price, self.masks = calibration, price, masks
+        self.told: Callable[[str, CodedLayer], None] | None = None
+        self.search: dict[str, Any] = {"rounds": 1, "step_shares": (1.0,)} if quick else {}
         self.reading = Reading(student, calibration.inputs[0][:2])
+        self.layers: dict[str, nn.Module] = {}
         self.learned: dict[str, LearnedLayer] = {}
         self.done: dict[str, CodedLayer] = {}
-        self.kept = {name: self._reason(name, exclude) for name in self.layers}
-        self.kept = {name: why for name, why in self.kept.items() if why}
-        self.chosen = [name for name in self.layers if name not in self.kept]
+        self.kept: dict[str, str] = {}
 
-    def _reason(self, name: str, exclude: set[str]) -> str:
-        if name in exclude:
-            return "excluded by the request"
-        if not torch.isfinite(weight_of(self.layers[name])).all():
-            raise ModelError(f"layer {name!r} holds NaN or infinity; load finite weights")
-        calls = self.reading.calls.get(name, 0)
-        return "" if calls <= 1 else f"it runs {calls} times: its errors would not add up"
+    def take(self, layers: Mapping[str, nn.Module]) -> None:
+        """Be told which layers to code."""
+        for name, layer in layers.items():
+            if not torch.isfinite(weight_of(layer)).all():
+                raise ModelError(f"layer {name!r} holds NaN or infinity; load finite weights")
+            calls = self.reading.calls.get(name, 0)
+            if calls > 1:
+                self.kept[name] = f"it runs {calls} times in one pass: errors would not add up"
+            else:
+                self.layers[name] = layer
 
     def positions(self, name: str) -> int:
         """Positions of a map to draw for each image."""
@@ -173,8 +195,8 @@ class _Work:
         factors = [factor(each) for each in moments.hessian.numpy()]
         pairs = zip(factors, moments.cross.numpy(), rows.numpy(), strict=True)
         wanted = np.concatenate([each.fitted(cross, own) for each, cross, own in pairs])
-        price = self.price(name) if callable(self.price) else self.price
         importance = at_least(self._importance(name, len(wanted)))
+        price = self.price(name) if callable(self.price) else self.price
         coded = code_by_rate(
             wanted,
             factors,
@@ -182,23 +204,24 @@ class _Work:
             price,
             positions=num_positions(layer),
             keep=self._keep(name, wanted.shape),
+            **self.search,
         )
+        size = coded_bytes(np.ascontiguousarray(coded.codes.reshape(before.shape)))
         weight = torch.from_numpy(coded.values())
         with torch.no_grad():
             weight_of(layer).copy_(from_rows(layer, weight.reshape(before.shape)))
             if isinstance(layer.bias, nn.Parameter):
                 layer.bias.copy_(sums.bias(weight.reshape(rows.shape)))
-        codes = np.ascontiguousarray(coded.codes.reshape(before.shape))
         self.learned[name] = LearnedLayer(LayerBits(8), coded.codes, coded.scale, None)
         error = moments.error(weight.reshape(rows.shape))
         inputs = np.mean([each.curvature() for each in factors], axis=0)
-        self.done[name] = CodedLayer(coded_bytes(codes), coded.bits, error, importance, inputs)
+        self.done[name] = CodedLayer(size, coded.bits, error, importance, inputs)
         if self.told is not None:
             self.told(name, self.done[name])
 
     def _importance(self, name: str, rows: int) -> npt.NDArray[np.float32]:
-        held = self.calibration.importance.get(name)
-        return np.ones(rows, np.float32) if held is None else held.numpy()
+        held = self.calibration.outputs.get(name)
+        return np.ones(rows, np.float32) if held is None else held.importance.numpy()
 
     def _keep(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
         mask = self.masks.get(f"{name}.weight")

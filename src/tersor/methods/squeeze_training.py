@@ -13,14 +13,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tersor.artifact.rates import coded_bytes
 from tersor.data.arrays import Splits
 from tersor.methods.finetune import Progress, Trained, finetune
-from tersor.methods.learned import LayerBits, LearnedLayer
+from tersor.methods.learned import LayerBits
 from tersor.methods.paired_moments import weight_of
 from tersor.methods.qat import set_dropout_, strip
-from tersor.methods.rate_control import CodedWeight, SizeControl
+from tersor.methods.rate_control import CodedWeight, SizeControl, coded_layers, weight_behind
 from tersor.methods.reestimate import reestimate_batch_norm
-from tersor.methods.squeeze import Calibration, CodedNetwork
+from tersor.methods.squeeze import Calibration, CodedLayer, CodedNetwork
+from tersor.methods.squeeze_search import Priced
 from tersor.specs import Finetune
 
 INSIDE = 0.45  # of a step: how far a weight of code 0 may lie from 0 at the start
@@ -29,45 +31,33 @@ LAST_TRIES = 5
 LEAST_FILLED = 0.985  # of the bytes allowed
 
 
-@dc.dataclass(frozen=True, eq=False)
-class TrainedCodes:
-    """The trained network, its weights exactly scale * codes, by layer name in `learned`; the bytes of its
-    codes in a file, and how the training went."""
-
-    module: nn.Module
-    learned: dict[str, LearnedLayer]
-    code_bytes: int
-    trained: Trained
-
-
 def train_coded(
     original: nn.Module,
-    coded: CodedNetwork,
+    start: Priced,
     splits: Splits,
     training: Finetune,
-    calibration: Calibration,
     *,
     code_bytes: int,
-    price: float,
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> TrainedCodes:
-    """Fine-tune a copy of coded.module until its codes take at most `code_bytes` in a file.
+) -> Trained:
+    """Fine-tune a copy of start.coded.module until its codes take about `code_bytes` in a file; `finished`
+    makes a network of what comes back, whose module still trains.
 
-    `coded` is where `price` (nats a bit) led; the size goes from its to the one asked for in the first 60 % of
-    the steps. The original is the teacher where `training` distils. Dropout is off, as in mode qat. At the end
-    batch norm is re-estimated from the calibration's inputs. Raises as `finetune` does.
+    The size goes from that of `start` to the one asked for in the first part of the steps. The original is
+    the teacher where `training` distils. Dropout is off, as in mode qat. Raises as `finetune` does.
     """
-    prepared = prepare_coded(original, coded)
+    coded = start.coded
+    told = sum(each.bits for each in coded.layers.values()) / 8
     control = functools.partial(
         SizeControl,
         start_bytes=float(max(coded.code_bytes, code_bytes)),
         end_bytes=float(code_bytes),
-        price=price,
-        ratio=coded.code_bytes / max(sum(each.bits for each in coded.layers.values()) / 8, 1.0),
+        price=start.price,
+        ratio=coded.code_bytes / max(told, 1.0),
     )
-    trained = finetune(
-        prepared,
+    return finetune(
+        prepare_coded(original, coded),
         splits,
         dc.replace(training, compile="off"),
         teacher=original if training.needs_teacher else None,
@@ -75,15 +65,27 @@ def train_coded(
         checkpoint=checkpoint,
         on_progress=on_progress,
     )
-    found = fit_to_size_(trained.module, code_bytes, price)
-    settled = reestimate_batch_norm(
-        trained.module,
-        [chunk.numpy() for chunk in calibration.inputs],
-        precision=calibration.precision,
-    )
+
+
+def finished(
+    trained: nn.Module, original: nn.Module, calibration: Calibration, code_bytes: int, price: float
+) -> CodedNetwork:
+    """The network that a training of `train_coded` came to, its codes at most `code_bytes` in a file; batch
+    norms re-estimated from the calibration's inputs. `price` is about what a bit costs."""
+    module = copy.deepcopy(trained)
+    fit_to_size_(module, code_bytes, price)
+    inputs = [chunk.numpy() for chunk in calibration.inputs]
+    settled = reestimate_batch_norm(module, inputs, precision=calibration.precision)
     plain, learned = strip(settled)
     set_dropout_(plain, original)
-    return TrainedCodes(plain, learned, found, dc.replace(trained, module=settled))
+    layers = {}
+    for name, (layer, part) in coded_layers(settled):
+        codes = part.codes(weight_behind(layer)).contiguous().numpy().astype(np.int8)
+        size = coded_bytes(codes)
+        layers[name] = CodedLayer(
+            size, 8.0 * size, np.nan, part.outputs.numpy(), part.inputs.numpy()
+        )
+    return CodedNetwork(plain, learned, layers, {})
 
 
 def prepare_coded(original: nn.Module, coded: CodedNetwork) -> nn.Module:
@@ -129,9 +131,3 @@ def fit_to_size_(module: nn.Module, code_bytes: int, price: float) -> int:
         if found > code_bytes:
             wanted *= 0.998 * code_bytes / found
     return found
-
-
-def density(learned: dict[str, LearnedLayer]) -> float:
-    """The share of codes that are not 0."""
-    size = sum(each.codes.size for each in learned.values())
-    return sum(int(np.count_nonzero(each.codes)) for each in learned.values()) / max(size, 1)
