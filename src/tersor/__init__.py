@@ -25,6 +25,7 @@ _HOMES = {
     "Quantize": "specs",
     "Recipe": "specs",
     "Share": "specs",
+    "Squeeze": "specs",
     "StudySettings": "study.settings",
     "TersorError": "errors",
     "benchmark": "bench.timing:time_sessions",
@@ -47,6 +48,7 @@ _HOMES = {
     "save": "artifact",
     "save_weights": "models",
     "share": "methods.share",
+    "squeeze": "methods.squeezing",
     "write": "pipeline",
 }
 

@@ -8,9 +8,9 @@ is worth its bits: with u = v / scale and n the whole number nearest to |u|, whe
 
 worth = importance of the output * curvature of the input * scale^2: the model of rate and distortion by which
 the codes were chosen before the training (`tensors.rate_distortion`), with the other columns left as they
-are. So each weight has a dead zone of its own, |u| < dead, made anew every REFRESH steps or sooner from the bits that the
-present codes make likely, and as wide as the size demands. The rate follows Oktay 2020 and Girish 2023 in
-being part of what is trained; the dead zones, and a price found by the size, are ours.
+are. So each weight has a dead zone of its own, |u| < dead, made anew every REFRESH steps or sooner from
+the bits that the present codes make likely, and as wide as the size demands. The rate follows Oktay 2020 and
+Girish 2023 in being part of what is trained; the dead zones, and a price found by the size, are ours.
 """
 
 from __future__ import annotations

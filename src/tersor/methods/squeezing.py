@@ -30,6 +30,7 @@ from tersor.methods.qat import trainable_layers
 from tersor.methods.small_graph import small_graph
 from tersor.methods.squeeze import Calibration, CodedLayer, CodedNetwork
 from tersor.methods.squeeze_search import Coder, Priced, Told, code_to_drop, code_to_size
+from tersor.methods.squeeze_start import read_start, write_start
 from tersor.methods.squeeze_training import finished, train_coded
 from tersor.methods.steps import augmented
 from tersor.specs import LayerPlan, Plan, Squeeze
@@ -70,9 +71,9 @@ def squeeze(
     spec.size is of the file that `tersor.write` makes of result.graph, result.plan and `provenance`.
     `earlier` are the plans applied before; `masks` (parameter name -> bool, True = keep) what a pruning set
     to zero and stays zero, without training. `told` hears what is done and how much of it, `on_progress` of
-    the training, which resumes from `checkpoint`. Raises BudgetError where the goal cannot be met, SpecError
-    for patterns that match no layer, DataError for unusable inputs, ModelError for networks that cannot be
-    exported or hold NaN.
+    the training, which resumes from `checkpoint` and a .start beside it (the caller removes both). Raises
+    BudgetError where the goal cannot be met, SpecError for patterns that match no layer, DataError for
+    unusable inputs, ModelError for networks that cannot be exported or hold NaN.
     """
     if masks and spec.epochs:
         raise SpecError(
@@ -128,7 +129,7 @@ class _Work:
         if training is None:
             found = code_to_size(self.coder, code_bytes)
         else:
-            start = code_to_size(self.coder, int(self.spec.start * code_bytes))
+            start = self.started(code_bytes, checkpoint)
             trained = train_coded(
                 self.original,
                 start,
@@ -153,6 +154,16 @@ class _Work:
             f"squeeze.size {self.spec.size}: after {TRIES} tries the file is {over:,} bytes larger; ask for a "
             "little more"
         )
+
+    def started(self, code_bytes: int, checkpoint: pathlib.Path | None) -> Priced:
+        """Where the training starts: coded anew, or as a killed run coded it."""
+        place = None if checkpoint is None else checkpoint.with_suffix(".start")
+        if place is not None and place.exists():
+            return read_start(place, self.spec, copy.deepcopy(self.original))
+        start = code_to_size(self.coder, int(self.spec.start * code_bytes))
+        if place is not None:
+            write_start(place, self.spec, start)
+        return start
 
     def after(self, trained: Trained, code_bytes: int, price: float) -> Priced:
         """What a training came to."""
