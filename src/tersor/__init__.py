@@ -26,6 +26,7 @@ _HOMES = {
     "Quantize": "specs",
     "Recipe": "specs",
     "Share": "specs",
+    "Squeeze": "specs",
     "StudySettings": "study.settings",
     "TersorError": "errors",
     "benchmark": "bench.timing:time_sessions",
@@ -49,6 +50,7 @@ _HOMES = {
     "save": "artifact",
     "save_weights": "models",
     "share": "methods.share",
+    "squeeze": "methods.squeezing",
     "write": "pipeline",
 }
 

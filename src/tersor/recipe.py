@@ -1,4 +1,4 @@
-"""Several steps in one go: remove, factorize, share, prune, train, quantize, in the order of a recipe."""
+"""Several steps in one go: remove, factorize, share, prune, train, quantize or squeeze, in the order of a recipe."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.methods.finetune import Progress, finetune
+from tersor.methods.squeezing import squeeze
 from tersor.pipeline import (
     Compressed,
     deployment_graph,
@@ -24,10 +25,21 @@ from tersor.pipeline import (
     quantize_network,
     share_model,
 )
-from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe, Share, Spec, from_dict
+from tersor.specs import (
+    Factorize,
+    Finetune,
+    Plan,
+    Prune,
+    Quantize,
+    Recipe,
+    Share,
+    Spec,
+    Squeeze,
+    from_dict,
+)
 from tersor.specs.prune import MASKED
 
-STEPS = (Prune, Factorize, Share, Finetune, Quantize)
+STEPS = (Prune, Factorize, Share, Finetune, Quantize, Squeeze)
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -85,6 +97,17 @@ def run_recipe(
         if isinstance(step, Quantize):
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
             return Made(quantized.graph, current, quantized.plan.after(tuple(plans)))
+        if isinstance(step, Squeeze):
+            small = squeeze(
+                current,
+                splits,
+                step,
+                earlier=tuple(plans),
+                masks=masks,
+                checkpoint=place,
+                on_progress=told,
+            )
+            return Made(small.graph, current, small.plan)
         if isinstance(step, Finetune):
             teacher = module if step.needs_teacher else None
             current = finetune(
@@ -128,10 +151,10 @@ def _check_order(steps: Sequence[Any]) -> None:
         if not isinstance(step, STEPS):
             kinds = ", ".join(kind.kind for kind in STEPS)
             raise SpecError(f"step {number} is a {step.kind}; a recipe's steps are {kinds}")
-        if isinstance(step, Quantize) and number < len(steps):
+        if isinstance(step, Quantize | Squeeze) and number < len(steps):
             raise SpecError(
-                f"step {number} quantizes, and step {number + 1} ({steps[number].kind}) follows: "
-                "quantize last"
+                f"step {number} ({step.kind}) chooses codes, and step {number + 1} "
+                f"({steps[number].kind}) follows: {step.kind} last"
             )
         moves = isinstance(step, Factorize | Share) or (
             isinstance(step, Prune) and step.structure not in MASKED
@@ -145,6 +168,11 @@ def _check_order(steps: Sequence[Any]) -> None:
             raise SpecError(
                 f"step {number}: mode qat trains all weights, also those that {zeros} set to zero; "
                 "use mode static, or prune a structure that is removed"
+            )
+        if zeros and isinstance(step, Squeeze) and step.epochs:
+            raise SpecError(
+                f"step {number}: squeeze with epochs trains all weights, also those that {zeros} set to zero; "
+                "squeeze without training, or prune a structure that is removed"
             )
         if isinstance(step, Prune) and step.structure in MASKED:
             zeros = f"step {number}"

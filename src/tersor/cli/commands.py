@@ -19,6 +19,7 @@ from tersor.cli.ondemand import advise, compress
 from tersor.cli.output import Output, say, training_watch, watching
 from tersor.cli.quantization import quantize
 from tersor.cli.sensitivity import sensitivity
+from tersor.cli.squeezing import squeeze
 from tersor.cli.studies import demo, report, study
 from tersor.cli.targets import writable
 from tersor.specs import Finetune
@@ -96,6 +97,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "prune": prune,
     "factorize": factorize,
     "quantize": quantize,
+    "squeeze": squeeze,
     "sensitivity": sensitivity,
     "activity": activity,
     "benchmark": benchmark,

@@ -1,6 +1,6 @@
 """What the user asks for: frozen, comparable, JSON round trip, no tensors.
 
-A spec is a request (`Prune`, `Quantize`, `Factorize`, `Share`, `Finetune`, `Recipe`, `Budget`); a `Plan` is the
+A spec is a request (`Prune`, `Quantize`, `Factorize`, `Share`, `Finetune`, `Recipe`, `Squeeze`, `Budget`); a `Plan` is the
 answer of a method: one decision per layer, which can be printed, saved and applied again to a fresh
 instance.
 """
@@ -13,6 +13,7 @@ from tersor.specs.prune import Prune
 from tersor.specs.quantize import GRANULARITIES, WEIGHT_CODES, Quantize
 from tersor.specs.share import Share
 from tersor.specs.spec import KINDS, Spec, from_dict
+from tersor.specs.squeeze import Squeeze
 
 __all__ = [
     "GRANULARITIES",
@@ -28,5 +29,6 @@ __all__ = [
     "Recipe",
     "Share",
     "Spec",
+    "Squeeze",
     "from_dict",
 ]
