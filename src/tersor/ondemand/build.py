@@ -6,6 +6,7 @@ import dataclasses as dc
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from torch import nn
@@ -138,7 +139,7 @@ def rounded(
     return found.graph, found.plan.after(() if made.plan is None else (made.plan,))
 
 
-def _batches(images: np.ndarray) -> list[np.ndarray]:  # type: ignore[type-arg]
+def _batches(images: FloatArray) -> list[FloatArray]:
     starts = range(0, len(images), CALIBRATION_BATCH)
     return [images[start : start + CALIBRATION_BATCH] for start in starts]
 

@@ -1,8 +1,8 @@
 """What the user asks for: frozen, comparable, JSON round trip, no tensors.
 
-A spec is a request (`Prune`, `Quantize`, `Factorize`, `Share`, `Finetune`, `Recipe`, `Squeeze`, `Budget`); a `Plan` is the
-answer of a method: one decision per layer, which can be printed, saved and applied again to a fresh
-instance.
+A spec is a request (`Prune`, `Quantize`, `Factorize`, `Share`, `Squeeze`, `Finetune`, `Recipe`,
+`Budget`); a `Plan` is the answer of a method: one decision per layer, which can be printed, saved and
+applied again to a fresh instance.
 """
 
 from tersor.specs.budget import Budget
