@@ -1,10 +1,11 @@
 """Bytes of the codes of trained networks: Tersor's encodings, their entropies, zstd, LZMA, Huffman.
 
-    python benchmarks/coding.py --data folder:DIR --weights resnet18=FILE vgg16_bn=FILE \
-        --graphs DIR --out coding.json
+    python benchmarks/coding.py --weights resnet18=FILE vgg16_bn=FILE --cache DIR --out coding.json
+    python benchmarks/coding.py --weights resnet18=FILE vgg16_bn=FILE --cache DIR --out coding.json --time
 
-Every form (see FORMS) is made from the trained network and kept in --graphs. A row is one form of one network and
-sums up its weights:
+Every form (see FORMS) is made from the weights of the trained network: magnitude pruning over all layers, nearest
+codes with one scale a row, as `tersor quantize --mode weight_only` makes them. Codes and sections are kept in
+--cache; with --time their decoding is timed. A row is one form of one network and sums up its weights:
 
 ours            the section's bytes, all that is needed to decode included
 entropy         the same symbols under the same model, by an ideal coder
@@ -15,7 +16,7 @@ bytes_where_... the same of the tensors of which at most a tenth is not 0
 zstd, lzma      level 19, preset 9 extreme, of the codes' bytes (one stream a tensor)
 huffman         Deep Compression's way: canonical Huffman of the codes; where it is less, of the distances between
                 codes that are not 0 (4 or 5 bits, filled up with zeros) and of those codes
-weights_a_second  of decoding, one thread, best of three (0: not asked for with --time)
+weights_a_second  of decoding, one thread, best of three: as they stand, and all of it as `quick` packing writes it
 """
 
 from __future__ import annotations
@@ -29,45 +30,55 @@ import pathlib
 import time
 
 import numpy as np
-import onnx
+import torch
 import zstandard
-from onnx import numpy_helper
 
 import tersor
 from tersor.artifact import ENCODINGS
-from tersor.artifact.encoding import Steps
+from tersor.artifact.encoding import Steps, smallest
 from tersor.artifact.encodings import codes as coded
 from tersor.artifact.encodings import integers
 from tersor.artifact.entropy import Reader
 from tersor.artifact.fitting import PART, Meter
 from tersor.bench.environment import environment
+from tersor.graph.fold import fold_copies_
+from tersor.graph.layers import weight_layers
+from tersor.tensors.grids import fit_grid
 
+# Share pruned; code and bits (None: the floats themselves).
 FORMS = {
-    "8 bits": (0, {"bits": 8}),
-    "4 bits, gptq": (0, {"bits": 4, "rounding": "gptq"}),
-    "3 bits, gptq": (0, {"bits": 3, "rounding": "gptq"}),
-    "70 % pruned, 8 bits": (0.7, {"bits": 8}),
-    "70 % pruned, 4 bits": (0.7, {"bits": 4}),
-    "90 % pruned, 8 bits": (0.9, {"bits": 8}),
-    "90 % pruned, 4 bits": (0.9, {"bits": 4}),
-    "95 % pruned, 8 bits": (0.95, {"bits": 8}),
-    "95 % pruned, 4 bits": (0.95, {"bits": 4}),
+    "8 bits": (0, ("uniform", 8)),
+    "4 bits": (0, ("uniform", 4)),
+    "3 bits": (0, ("uniform", 3)),
+    "2 bits": (0, ("uniform", 2)),
+    "ternary": (0, ("ternary", 2)),
+    "4 bits, k-means": (0, ("codebook", 4)),
+    "70 % pruned, 8 bits": (0.7, ("uniform", 8)),
+    "70 % pruned, 4 bits": (0.7, ("uniform", 4)),
+    "70 % pruned, k-means": (0.7, ("codebook", 4)),
+    "90 % pruned, 8 bits": (0.9, ("uniform", 8)),
+    "90 % pruned, 4 bits": (0.9, ("uniform", 4)),
+    "90 % pruned, k-means": (0.9, ("codebook", 4)),
+    "95 % pruned, 8 bits": (0.95, ("uniform", 8)),
+    "95 % pruned, 4 bits": (0.95, ("uniform", 4)),
+    "95 % pruned, k-means": (0.95, ("codebook", 4)),
     "float": (0, None),
     "90 % pruned, float": (0.9, None),
-    "4 bits, k-means": (0, {"bits": 4, "code": "kmeans", "mode": "weight_only"}),
 }
 LIMITS = {"zstd": 19, "lzma": 9 | lzma.PRESET_EXTREME}
+SHAPE = (3, 32, 32)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", required=True)
     parser.add_argument("--weights", nargs="+", required=True, metavar="NETWORK=FILE")
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
-    parser.add_argument("--graphs", required=True, help="directory that keeps the graphs")
-    parser.add_argument("--time", action="store_true", help="decode three times and take the time")
+    parser.add_argument("--cache", required=True, help="directory that keeps codes and sections")
+    parser.add_argument(
+        "--time", action="store_true", help="time the decoding of what was measured"
+    )
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     out = pathlib.Path(options.out)
@@ -75,65 +86,85 @@ def main():
     for network, _, weights in (each.partition("=") for each in options.weights):
         for form in options.forms:
             rows = [r for r in told["rows"] if (r["network"], r["form"]) != (network, form)]
-            graph = graph_of(options, network, weights, form)
-            row = {"network": network, "form": form, **measure(graph, options.time)}
+            (row,) = [r for r in told["rows"] if r not in rows] or [{}]
+            held = made(pathlib.Path(options.cache), network, weights, form)
+            if options.time:
+                row = {**row, "weights_a_second": speeds(held)}
+            else:
+                row = {"network": network, "form": form, **measure(held)}
             told = {"rows": [*rows, row], "environment": environment()}
+            told["rows"].sort(key=lambda r: (r["network"], list(FORMS).index(r["form"])))
             out.write_text(json.dumps(told, indent=1) + "\n")
             print(line_of(row), flush=True)
 
 
-def graph_of(options, network, weights, form):
-    path = pathlib.Path(options.graphs) / f"{network}, {form}.onnx"
-    if path.exists():
-        return onnx.load(path)
-    from tersor.pipeline import deployment_graph, quantize_graph
+def made(cache, network, weights, form):
+    """(array, encoding, section, section of quick packing) of each weight; made once."""
+    path = cache / f"{network}, {form}.npz"
+    if not path.exists():
+        arrays = forms_of(network, weights, form)
+        found = {}
+        for name, array in arrays.items():
+            encoding, section = smallest(array)
+            quick = smallest(array, True)[1]
+            parts = (
+                array,
+                encoding,
+                np.frombuffer(section, np.uint8),
+                np.frombuffer(quick, np.uint8),
+            )
+            found.update({f"{name}/{i}": part for i, part in enumerate(parts)})
+            found[f"{name}/4"] = smallest(array, True)[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **found)
+    held = np.load(path)
+    names = sorted({key.rpartition("/")[0] for key in held.files})
+    return [tuple(held[f"{name}/{i}"] for i in range(5)) for name in names]
 
-    splits = tersor.load_data(options.data, num_calibration=512)
+
+def forms_of(network, weights, form):
+    """The arrays that a file of that form holds, by layer."""
+    sparsity, grid = FORMS[form]
     module = tersor.load_model(network, weights=weights)
-    sparsity, spec = FORMS[form]
+    fold_copies_(module, torch.zeros(2, *SHAPE))
     if sparsity:
         module = tersor.prune(module, tersor.Prune(sparsity=sparsity, scope="global")).module
-    graph = deployment_graph(module, splits.input_shape, fold_copies=True)
-    if spec is not None:
-        graph = quantize_graph(graph, splits, tersor.Quantize(**spec)).graph
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(graph, path)
-    return graph
+    found = {}
+    for name, layer in weight_layers(module):
+        weight = layer.weight.detach().numpy()
+        found[name] = weight if grid is None else codes_of(weight, *grid)
+    return found
 
 
-def weights_of(graph):
-    """Weights with their elements to be coded: codes, indexes or floats of at least two axes."""
-    held = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
-    return {
-        name: array
-        for name, array in held.items()
-        if array.ndim > 1 and (name.endswith("_quantized") or array.dtype == np.float32)
-    }
+def codes_of(weight, code, bits):
+    matrix = weight.reshape(len(weight), -1)
+    grid = fit_grid(
+        code,
+        matrix,
+        bits,
+        symmetric=True,
+        granularity="per_channel",
+        group_size=0,
+        search="minmax" if bits == 8 else "mse",
+    )
+    indexes = grid.encode(matrix).reshape(weight.shape)
+    return grid.levels.astype(np.int8)[indexes] if grid.integers else indexes
 
 
-def measure(graph, timed):
-    sums, sparse = {}, {}
+def measure(held):
+    sums, sparse, forms = {}, {}, {}
     elements = nonzero = 0
-    seconds = {}
-    forms = {}
-    for _, array in sorted(weights_of(graph).items()):
-        name, section = tersor.artifact.encoding.smallest(array)
-        name = detail(name, section)
-        ideal, spent = decode(name.split(",")[0], section, array, timed)
-        forms[name] = forms.get(name, 0) + array.size
-        if timed:
-            held = seconds.setdefault(name, [0, 0.0])
-            held[0] += array.size
-            held[1] += spent
-        costs = {"ours": len(section), "entropy": ideal, **rivals(array)}
-        held = int(np.count_nonzero(array))
-        for kept in (sums, sparse) if held <= 0.1 * array.size else (sums,):
+    for array, encoding, section, *_ in held:
+        name, data = str(encoding), section.tobytes()
+        forms[detail(name, data)] = forms.get(detail(name, data), 0) + array.size
+        costs = {"ours": len(data), "entropy": ideal(name, data, array), **rivals(array)}
+        counts = np.unique(array, return_counts=True)[1]
+        used = array.size - int(counts.max() if array.itemsize == 1 else (array == 0).sum())
+        for kept in (sums, sparse) if used <= 0.1 * array.size else (sums,):
             for key, value in {**costs, "elements": array.size}.items():
                 kept[key] = kept.get(key, 0) + value
         elements += array.size
-        nonzero += held
-    speed = {name: round(size / spent) for name, (size, spent) in seconds.items()}
-    total = sum(spent for _, spent in seconds.values())
+        nonzero += used
     return {
         "elements": elements,
         "density": nonzero / elements,
@@ -141,8 +172,22 @@ def measure(graph, timed):
         "bytes": rounded(sums),
         "bytes_where_at_most_a_tenth_is_not_0": rounded(sparse),
         "encodings": forms,
-        "weights_a_second": {**speed, **({"all": round(elements / total)} if total else {})},
     }
+
+
+def speeds(held):
+    """Weights a second, by how they are stored; and all of them as quick packing stores them."""
+    spent = {}
+    for array, encoding, section, quick, quick_encoding in held:
+        name = detail(str(encoding), section.tobytes())
+        for key, way, data in (
+            (name, encoding, section),
+            ("all", encoding, section),
+            ("all, quick", quick_encoding, quick),
+        ):
+            size, seconds = spent.get(key, (0, 0.0))
+            spent[key] = size + array.size, seconds + decoding(str(way), data.tobytes(), array)
+    return {key: round(size / seconds) for key, (size, seconds) in spent.items()}
 
 
 def rounded(sums):
@@ -168,24 +213,32 @@ class Spy(Reader):
         return self.meter.uniform(sizes, super().uniform(sizes, known))
 
 
-def decode(name, section, array, timed):
-    """Bytes that an ideal coder would take under the same model (tables beside), and seconds."""
-    encoding, data = ENCODINGS[name], memoryview(bytes(section))
+def decoding(name, section, array):
+    """Seconds to decode, the best of three."""
     spent = []
-    for _ in range(3 if timed else 0):
+    for _ in range(3):
         start = time.perf_counter()
-        found = encoding.decode(data, array.shape, array.dtype, Steps(1 << 30))
+        found = ENCODINGS[name].decode(
+            memoryview(section), array.shape, array.dtype, Steps(1 << 30)
+        )
         spent.append(time.perf_counter() - start)
         assert found.tobytes() == array.tobytes()
+    return min(spent)
+
+
+def ideal(name, section, array):
+    """Bytes that an ideal coder would take under the same model; NaN where not all is entropy-coded."""
     Spy.meter = Meter()
     before = coded.Reader, integers.Reader
     coded.Reader = integers.Reader = Spy
     try:
-        encoding.decode(data, array.shape, array.dtype, Steps(1 << 30))
+        found = ENCODINGS[name].decode(
+            memoryview(section), array.shape, array.dtype, Steps(1 << 30)
+        )
     finally:
         coded.Reader, integers.Reader = before
-    ideal = Spy.meter.parts / PART / 8
-    return ideal if name == "codes" else float("nan"), min(spent, default=0.0)
+    assert found.tobytes() == array.tobytes()
+    return Spy.meter.parts / PART / 8 if name in ("codes", "codebook") else float("nan")
 
 
 def rivals(array):
@@ -201,14 +254,14 @@ def rivals(array):
     codes = array.astype(np.int64)
     codes -= codes.min()
     rows = codes.reshape(len(codes), -1)
-    zero = int(-array.astype(np.int64).min())
+    zero = int(np.bincount(codes.ravel()).argmax())
     return {
         **found,
         "one_table": entropy(codes.ravel()) / 8,
         "row_tables": sum(entropy(row, int(codes.max()) + 1) for row in rows) / 8,
         "row_by_column": min(
-            row_by_column(array.reshape(len(array), -1), 1),
-            row_by_column(array.reshape(len(array), -1), array[0, 0].size),
+            row_by_column(rows - zero, 1),
+            row_by_column(rows - zero, array[0, 0].size),
         )
         / 8,
         "huffman": min(huffman(codes.ravel()), relative_huffman(codes.ravel(), zero)),
@@ -299,8 +352,8 @@ def line_of(row):
                 if name not in ("ours", "elements")
             )
             lines.append(f"  {key}: {held['ours']:,} for {held['elements']:,}  {others}")
-    speeds = {k: f"{v / 1e6:.1f} M/s" for k, v in row["weights_a_second"].items()}
-    return "\n".join([*lines, f"  {speeds} {row['encodings']}"])
+    told = {k: f"{v / 1e6:.1f} M/s" for k, v in row.get("weights_a_second", {}).items()}
+    return "\n".join([*lines, f"  {told} {row['encodings']}"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/stripes.py --out stripes.json
 
-One layer of ResNet-18 at a time, at the sizes it has for 32x32 images, on ONNX Runtime and PyTorch, interleaved.
+One layer of ResNet-18 at a time, at the sizes it has for 32x32 images, on ONNX Runtime, interleaved.
 "stripes" drops random positions of every filter by itself; "rows" the same row or rows of the kernel in all filters.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 import tersor
 from tersor.bench.environment import environment
-from tersor.graph.smaller_kernels import shift_kernels_, shrink_kernels_
+from tersor.graph.stripes import shrink_kernels_, split_stripes_
 
 LAYERS = {"64 at 32x32": (64, 32), "128 at 16x16": (128, 16), "512 at 4x4": (512, 4)}
 DENSITIES = (0.5, 0.25, 0.1)
@@ -35,7 +35,8 @@ class Alone(nn.Module):
         return self.convolution(inputs).mean((2, 3))
 
 
-def forms(channels, pattern, density):
+def forms(shape, pattern, density):
+    channels = shape[0]
     torch.manual_seed(0)
     masked = Alone(nn.Conv2d(channels, channels, 3, padding=1, bias=False)).eval()
     keep = torch.rand(channels, 1, 3, 3) < density
@@ -44,12 +45,12 @@ def forms(channels, pattern, density):
         keep[:, :, 1 : 1 + round(3 * density)] = True
     with torch.no_grad():
         masked.convolution.weight.mul_(keep)
-    found = {"masked": masked}
+    found = {"masked": tersor.export_onnx(masked, shape)}
     if pattern == "rows":
-        found["smaller kernel"] = copy.deepcopy(masked)
+        found["smaller kernel"] = copy.deepcopy(found["masked"])
         shrink_kernels_(found["smaller kernel"])
-    found["shifted"] = copy.deepcopy(masked)
-    shift_kernels_(found["shifted"], ["convolution"])
+    found["shifted"] = copy.deepcopy(found["masked"])
+    split_stripes_(found["shifted"], ["convolution"])
     return found
 
 
@@ -66,14 +67,11 @@ def main():
     for layer, (channels, size) in LAYERS.items():
         shape = (channels, size, size)
         for pattern, density in patterns:
-            held = forms(channels, pattern, density)
-            sessions = {}
-            for name, module in held.items():
-                graph = tersor.export_onnx(module, shape)
-                sessions["onnxruntime", name] = tersor.open_session(graph, threads=options.threads)
-                sessions["torch", name] = tersor.open_session(
-                    module, engine="torch", threads=options.threads
-                )
+            held = forms(shape, pattern, density)
+            sessions = {
+                ("onnxruntime", name): tersor.open_session(graph, threads=options.threads)
+                for name, graph in held.items()
+            }
             for batch in (1, 64):
                 timings = tersor.benchmark(sessions, shape, batch, seconds=options.seconds)
                 for (engine, form), timing in timings.items():

@@ -30,6 +30,7 @@ def main():
         speed(rows_of("pruning_speed.json")),
         low_rank(rows_of("low_rank.json")),
         activity(rows_of("activity.json")),
+        coding(rows_of("coding.json")),
         coverage(rows_of("coverage_torchvision.json")),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
@@ -181,11 +182,11 @@ def finetuned(told):
     first = rows[0]
     text = (
         "## Pruned and trained\n\n"
-        f"{first['data']}, n = {first['num_samples']:,}, seed {first['seed']}; difference to the float network in points "
-        "with its paired 95 % interval. Every form is trained by the same loop and recipe, from the float network's "
-        "outputs and the labels. A form is structure/criterion/scope/target (fit: what stays is fitted to the original's "
-        "outputs before); torch_pruning is the tool of that name. MACs and parameters are what is left; seconds are "
-        "those of pruning alone, on one thread beside other work.\n\n"
+        f"{first['data']}, n = {first['num_samples']:,}, seed {first['seed']}; difference to the float network in "
+        "points with its paired 95 % interval. Every form is trained by the same loop and recipe, from the float "
+        "network's outputs and the labels. A form is structure/criterion/scope/target (fit: what stays is fitted to "
+        "the original's outputs before); torch_pruning is the tool of that name. MACs and parameters are what is left; "
+        "seconds are those of pruning alone, on one thread beside other work.\n\n"
         + table(
             [
                 "network",
@@ -246,8 +247,8 @@ def speed(told):
     ]
     return (
         "## Time of pruned networks\n\n"
-        f"{told['model']}, {rows[0]['threads']} threads, all networks interleaved in one process, median milliseconds of "
-        f"one batch, and how many times faster than the float network's graph on the same engine in the same numbers. "
+        f"{told['model']}, {rows[0]['threads']} threads, all networks interleaved in one process, median milliseconds "
+        "of one batch, and how many times faster than the float network on the same engine in the same numbers. "
         f"{where(told)}.\n\n"
         + table(["network", "numbers", "engine", "batch", "ms", "times faster"], lines)
     )
@@ -283,6 +284,50 @@ def activity(told):
         + "\nWith more activations set to zero:\n\n"
         + table(["method", "share", "recovery", "accuracy", "difference"], lines)
     )
+
+
+def coding(told):
+    lines, sparse = [], []
+    for row in told["rows"]:
+        held, speed = row["bytes"], row.get("weights_a_second", {})
+        models = [held[key] for key in ("one_table", "row_tables", "row_by_column") if key in held]
+        lines.append(
+            [
+                row["network"],
+                row["form"],
+                f"{row['density']:.1%}",
+                f"{row['bits_per_weight']:.3f}",
+                f"{held['ours']:,}",
+                beside(held, held.get("entropy")),
+                beside(held, min(models, default=None)),
+                *(beside(held, held[key]) for key in ("zstd", "lzma", "huffman")),
+                *(f"{speed[key] / 1e6:.0f}" if key in speed else "–" for key in ("all", "all, quick")),
+            ]
+        )
+        thin = row["bytes_where_at_most_a_tenth_is_not_0"]
+        if thin:
+            rivals = (beside(thin, thin[key]) for key in ("zstd", "lzma", "huffman"))
+            name = f"{row['network']}, {row['form']}"
+            lines_of = [name, f"{thin['elements']:,}", f"{thin['ours']:,}", *rivals]
+            sparse.append(lines_of)
+    others = ["zstd -19", "LZMA", "Huffman"]
+    header = ["network", "form", "not 0", "bits a weight", "bytes", "ideal", "best table", *others]
+    return (
+        "## Coding of weights\n\n"
+        "Weights of the trained networks, pruned by magnitude and coded by Tersor's grids; bytes with all that "
+        "decoding needs. Percent are Tersor's bytes more (+) or less (−) than: an ideal coder under the same model; "
+        "the best of ideal coders with one table a tensor, one a row, one a class of row and column; the others on "
+        "the same codes (Huffman as in Deep Compression). M weights a second decoded by one thread, as stored and "
+        "with static tables "
+        f"(`quick`). {where(told)}.\n\n"
+        + table([*header, "M/s", "M/s static"], lines)
+        + "\nOf these the tensors of which at most a tenth is not 0:\n\n"
+        + table(["form", "weights", "bytes", *others], sparse)
+    )
+
+
+def beside(held, other):
+    return "–" if other is None else f"{held['ours'] / other - 1:+.1%}".replace("-", "−")
 
 
 def low_rank(told):

@@ -23,6 +23,7 @@ from tersor.engines import Session, open_session
 from tersor.errors import ModelError, SpecError
 from tersor.graph.export import export_onnx
 from tersor.graph.fold import fold_copies_
+from tersor.graph.stripes import shrink_kernels_
 from tersor.methods import factorize as factorization
 from tersor.methods import prune as pruning
 from tersor.methods import prune_structured as structured
@@ -30,8 +31,9 @@ from tersor.methods import quantize as quantization
 from tersor.methods import share as sharing
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
-from tersor.methods.reestimate import reestimate_batch_norm
-from tersor.methods.schedules import prune_gradually
+from tersor.methods.reestimate import augmentation_of, reestimate_batch_norm
+from tersor.methods.restore import plan_of, unheld
+from tersor.methods.schedules import prune_gradually, remove_gradually
 from tersor.models.load import load_model
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Share
 from tersor.specs.prune import REMOVED
@@ -65,6 +67,18 @@ class Subject:
             return self.artifact.to_onnx()
         assert self.module is not None, "a subject is a module or an artifact"
         return deployment_graph(self.module, input_shape, fold_copies=fold_copies)
+
+    def state(self, graph: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
+        """What `graph`, made of this model, does not hold of the network, by name."""
+        if self.artifact is not None:
+            return self.artifact.state()
+        assert self.module is not None, "a subject is a module or an artifact"
+        return unheld(self.module, graph)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was done to the network that a file holds; None for a network itself."""
+        return None if self.artifact is None else plan_of(self.artifact)
 
     def need_module(self, purpose: str) -> nn.Module:
         """The module, or a ModelError that says why a file will not do."""
@@ -106,11 +120,14 @@ def deployment_graph(
     module: nn.Module, input_shape: tuple[int, int, int], *, fold_copies: bool = False
 ) -> onnx.ModelProto:
     """The graph of `module`; with `fold_copies` a linear layer that reads equal copies of each value
-    is folded first: the same function for this input shape, with fewer weights."""
+    is folded first: the same function for this input shape, with fewer weights. Kernels of which rows
+    or columns are empty in all filters are smaller in it."""
     if fold_copies:
         module = copy.deepcopy(module)
         fold_copies_(module, torch.zeros(2, *input_shape))
-    return export_onnx(module, input_shape)
+    graph = export_onnx(module, input_shape)
+    shrink_kernels_(graph)
+    return graph
 
 
 def input_shape_of(graph: onnx.ModelProto) -> tuple[int, int, int]:
@@ -155,25 +172,30 @@ def prune_model(
     spec: Prune,
     *,
     reestimate: bool = True,
+    augment: str = "auto",
     recovery: Finetune | None = None,
+    teacher: nn.Module | None = None,
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
 ) -> Compressed:
-    """Prune, re-estimate batch norm from calibration inputs, and fine-tune: with the masks kept, or
-    the network that is left of structures that are removed.
+    """Prune, re-estimate batch norm from calibration inputs (`augment` as there), and fine-tune: with
+    the masks kept, or the network that is left of structures that are removed.
 
-    With a schedule of rounds that follows each round. Inputs that a criterion, a scope or a
+    With a schedule of rounds that follows each round, and the training of round N resumes from
+    `checkpoint` with .N before its ending. A training that distils learns from `teacher`, by default
+    from `module`. Inputs that a criterion, a scope or a
     reconstruction asks for are calibration inputs, without their labels.
     """
-    following = _Recovery(module, splits, reestimate, recovery, checkpoint, on_progress)
-    inputs = following.inputs
-    if spec.structure in REMOVED:
-        example = torch.zeros(1, *splits.input_shape)
+    following = _Recovery(
+        module, splits, reestimate, augment, recovery, checkpoint, on_progress, teacher
+    )
+    inputs, example = following.inputs, torch.zeros(1, *splits.input_shape)
+    if spec.structure in REMOVED and spec.schedule == "one_shot":
         decided = structured.plan(module, spec, example, inputs=inputs, seed=seed)
         smaller = structured.apply(module, decided, inputs=inputs, seed=seed)
         return following.after(smaller, decided)
-    evidence = pruning.Evidence(inputs=inputs)
+    evidence = pruning.Evidence(inputs=inputs, augment=augment)
     if spec.schedule == "one_shot":
         pruned = pruning.prune(module, spec, seed=seed, evidence=evidence)
         return following.after(pruned.module, pruned.plan, pruned.masks)
@@ -181,10 +203,12 @@ def prune_model(
 
     def recover(changed: nn.Module, masks: Mapping[str, torch.Tensor], number: int) -> nn.Module:
         place = None if checkpoint is None else checkpoint.with_suffix(f".{number}.checkpoint")
-        now = dc.replace(following, checkpoint=place)
-        states.append(now.after(changed, Plan(spec), dict(masks)))
+        states.append(following.after(changed, Plan(spec), dict(masks), place))
         return states[-1].module
 
+    if spec.structure in REMOVED:
+        left = remove_gradually(module, spec, example, recover=recover, inputs=inputs, seed=seed)
+        return dc.replace(states[-1], plan=left.plan)
     pruned = prune_gradually(module, spec, recover=recover, seed=seed, evidence=evidence)
     return dc.replace(states[-1], plan=pruned.plan)
 
@@ -195,21 +219,24 @@ def factorize_model(
     spec: Factorize,
     *,
     reestimate: bool = True,
+    augment: str = "auto",
     recovery: Finetune | None = None,
     checkpoint: pathlib.Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Compressed:
     """Replace layers by thinner ones in series, re-estimate batch norm, and fine-tune. No labels but
     for a fine-tuning that uses them."""
-    following = _Recovery(module, splits, reestimate, recovery, checkpoint, on_progress)
+    following = _Recovery(module, splits, reestimate, augment, recovery, checkpoint, on_progress)
     found = factorization.factorize(module, spec, following.inputs)
     return following.after(found.module, found.plan)
 
 
-def share_model(module: nn.Module, splits: Splits, spec: Share, *, seed: int = 0) -> Compressed:
+def share_model(
+    module: nn.Module, splits: Splits, spec: Share, *, augment: str = "auto", seed: int = 0
+) -> Compressed:
     """Make filters from others, and re-estimate batch norm from calibration inputs."""
     found = sharing.share(module, spec, seed=seed)
-    return _Recovery(module, splits).after(found.module, found.plan)
+    return _Recovery(module, splits, augment=augment).after(found.module, found.plan)
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -219,20 +246,36 @@ class _Recovery:
     original: nn.Module
     splits: Splits
     reestimate: bool = True
+    augment: str = "auto"
     training: Finetune | None = None
     checkpoint: pathlib.Path | None = None
     on_progress: Callable[[Progress], None] | None = None
+    teacher: nn.Module | None = None
 
     @functools.cached_property
     def inputs(self) -> list[npt.NDArray[np.float32]]:
         """All calibration inputs, without labels, in batches."""
         return list(calibration_batches(self.splits, len(self.splits.calibration)))
 
+    @functools.cached_property
+    def augmentation(self) -> str:
+        """How images are augmented for batch norms."""
+        return (
+            augmentation_of(self.original, self.inputs) if self.augment == "auto" else self.augment
+        )
+
     def after(
-        self, changed: nn.Module, plan: Plan, masks: dict[str, torch.Tensor] | None = None
+        self,
+        changed: nn.Module,
+        plan: Plan,
+        masks: dict[str, torch.Tensor] | None = None,
+        checkpoint: pathlib.Path | None = None,
     ) -> Compressed:
-        """Batch norm re-estimated and the network trained, as far as asked for; zeros of `masks` stay."""
-        fresh = reestimate_batch_norm(changed, self.inputs) if self.reestimate else None
+        """Batch norm re-estimated and the network trained, as far as asked for; zeros of `masks` stay.
+        `checkpoint` stands in the place of its own."""
+        fresh = None
+        if self.reestimate:
+            fresh = reestimate_batch_norm(changed, self.inputs, augment=self.augmentation)
         tuned = None
         if self.training is not None:
             tuned = finetune(
@@ -240,8 +283,8 @@ class _Recovery:
                 self.splits,
                 self.training,
                 masks=masks,
-                teacher=self.original if self.training.needs_teacher else None,
-                checkpoint=self.checkpoint,
+                teacher=(self.teacher or self.original) if self.training.needs_teacher else None,
+                checkpoint=checkpoint or self.checkpoint,
                 on_progress=self.on_progress,
             )
         return Compressed(changed, fresh, tuned, plan)
@@ -301,8 +344,10 @@ def write(
     *,
     plan: Plan | None = None,
     provenance: dict[str, Any] | None = None,
+    state: dict[str, npt.NDArray[Any]] | None = None,
 ) -> int:
-    """Pack a deployment graph into a `.tersor` file; returns its bytes on disk."""
+    """Pack a deployment graph into a `.tersor` file; returns its bytes on disk. `state` is what the
+    graph does not hold of its network, by name (see `Subject.state`)."""
     told = {"tersor": importlib.metadata.version("tersor"), **(provenance or {})}
-    artifact = pack(graph, plan=None if plan is None else plan.to_dict(), provenance=told)
-    return save(artifact, path)
+    decided = None if plan is None else plan.to_dict()
+    return save(pack(graph, plan=decided, provenance=told, state=state), path)

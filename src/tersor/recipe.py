@@ -16,6 +16,7 @@ from torch import nn
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.methods.finetune import Progress, finetune
+from tersor.methods.restore import Array, unheld
 from tersor.methods.squeezing import squeeze
 from tersor.pipeline import (
     Compressed,
@@ -44,12 +45,14 @@ STEPS = (Prune, Factorize, Share, Finetune, Quantize, Squeeze)
 
 @dc.dataclass(frozen=True, eq=False)
 class Made:
-    """What a recipe made: the deployment graph, the network behind it (before it was quantized), and
-    the plan of its last step, which holds those before; None for a recipe that trains alone."""
+    """What a recipe made: the deployment graph, the network behind it (before it was quantized), the
+    plan of its last step, which holds those before (None for a recipe that trains alone), and what
+    the graph does not hold of the network, by name."""
 
     graph: onnx.ModelProto
     module: nn.Module
     plan: Plan | None
+    state: dict[str, Array]
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -79,7 +82,7 @@ def run_recipe(
 
     Batch norm is re-estimated from calibration inputs after each step that changes weights; weights
     that were set to zero stay zero in later trainings; a training that distils learns from `module`
-    as it was given. With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError
+    as it was given. A training that follows a pruning of several rounds is done after each of them. With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError
     for an order that cannot be, before any work.
     """
     _check_order(recipe.steps)
@@ -94,9 +97,11 @@ def run_recipe(
                 on_progress(named, progress)
 
         place = None if checkpoints is None else checkpoints / f"step_{number + 1}.checkpoint"
+        between = _between(recipe.steps, number)
         if isinstance(step, Quantize):
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
-            return Made(quantized.graph, current, quantized.plan.after(tuple(plans)))
+            state = unheld(quantized.module or current, quantized.graph)
+            return Made(quantized.graph, current, quantized.plan.after(tuple(plans)), state)
         if isinstance(step, Squeeze):
             small = squeeze(
                 current,
@@ -107,8 +112,10 @@ def run_recipe(
                 checkpoint=place,
                 on_progress=told,
             )
-            return Made(small.graph, current, small.plan)
+            return Made(small.graph, current, small.plan, unheld(small.module, small.graph))
         if isinstance(step, Finetune):
+            if number and _between(recipe.steps, number - 1) is step:
+                continue  # done, after each round
             teacher = module if step.needs_teacher else None
             current = finetune(
                 current,
@@ -120,21 +127,45 @@ def run_recipe(
                 on_progress=told,
             ).module
             continue
-        changed = _changed(current, splits, step, recipe.seed)
+        if between is None:
+            changed = _changed(current, splits, step, recipe)
+        else:
+            assert isinstance(step, Prune), "what has rounds"
+            changed = prune_model(
+                current,
+                splits,
+                step,
+                augment=recipe.augment,
+                recovery=between,
+                teacher=module,
+                checkpoint=place,
+                on_progress=told,
+                seed=recipe.seed,
+            )
         current = changed.module
         plans.append(changed.plan)
         masks |= _zeros(current, changed.plan)
     graph = deployment_graph(current, splits.input_shape)
-    return Made(graph, current, plans[-1].after(tuple(plans[:-1])) if plans else None)
+    plan = plans[-1].after(tuple(plans[:-1])) if plans else None
+    return Made(graph, current, plan, unheld(current, graph))
 
 
-def _changed(module: nn.Module, splits: Splits, step: Spec, seed: int) -> Compressed:
+def _between(steps: Sequence[Spec], number: int) -> Finetune | None:
+    """The training after each round of step `number`: the step that follows a pruning of several."""
+    step, following = steps[number], steps[number + 1 : number + 2]
+    if isinstance(step, Prune) and step.rounds > 1 and following:
+        return following[0] if isinstance(following[0], Finetune) else None
+    return None
+
+
+def _changed(module: nn.Module, splits: Splits, step: Spec, recipe: Recipe) -> Compressed:
+    seed, augment = recipe.seed, recipe.augment
     if isinstance(step, Prune):
-        return prune_model(module, splits, step, seed=seed)
+        return prune_model(module, splits, step, augment=augment, seed=seed)
     if isinstance(step, Factorize):
-        return factorize_model(module, splits, step)
+        return factorize_model(module, splits, step, augment=augment)
     assert isinstance(step, Share), "the order was checked"
-    return share_model(module, splits, step, seed=seed)
+    return share_model(module, splits, step, augment=augment, seed=seed)
 
 
 def _zeros(module: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:

@@ -6,10 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+import tersor
 from tersor.artifact import load
 from tersor.cli import main
 from tersor.engines import open_session
+from tersor.methods.restore import plans_of
 
 
 def called(*arguments):
@@ -84,6 +87,8 @@ def test_low_rank_is_told_with_its_ranks(tmp_path, float_size):
         ("--structure", "stripe", "--scope", "auto"),
         ("--schedule", "gradual", "--rounds", "2", "--finetune-epochs", "0.2"),
         ("--structure", "channel", "--scope", "auto", "--macs", "0.4"),
+        ("--structure", "channel", "--macs", "0.4", "--schedule", "gradual", "--rounds", "2",
+         "--finetune-epochs", "0.2"),
     ],
     ids=lambda options: " ".join(options),
 )
@@ -98,3 +103,68 @@ def test_every_way_of_pruning_is_one_command(tmp_path, options):
     assert touched
     logits = open_session(load(out), threads=1).run(np.zeros((2, 1, 8, 8), np.float32))
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        ("quantize", "--mode", "weight_only", "--bits", 8),
+        ("quantize", "--data", "digits", "--num-calibration", 64),
+        ("export", "--to", "tersor"),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_a_command_that_takes_a_file_keeps_what_was_done_before(tmp_path, following):
+    first, out = tmp_path / "pruned.tersor", tmp_path / "after.tersor"
+    for command, options in (
+        ("prune", ("--structure", "channel", "--sparsity", 0.5)),
+        ("factorize", ("--size", 0.7)),
+    ):
+        code, _ = called(
+            command, "digits_net", "--data", "digits", "--out", first, *options, "--json"
+        )
+        assert code == 0
+        command, *options = following
+        code, _ = called(command, first, "--out", out, *options, "--json")
+        assert code == 0
+        held = plans_of(load(first))
+        assert [p.layers for p in plans_of(load(out))[: len(held)]] == [p.layers for p in held]
+        module = tersor.load(out, into=tersor.load_model("digits_net", seed=1))
+        once = tersor.load(first, into=tersor.load_model("digits_net"))
+        assert {n: p.shape for n, p in module.named_parameters()} == {
+            n: p.shape for n, p in once.named_parameters()
+        }
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_stripes_are_small_in_the_file_and_left_out_where_that_is_faster(
+    tmp_path, float_size, monkeypatch, faster
+):
+    import tersor.bench.forms
+
+    told = []
+
+    def timed(pairs):
+        told.extend(pairs)
+        return list(pairs)[:1] if faster else []
+
+    monkeypatch.setattr(tersor.bench.forms, "faster_forms", timed)
+    out, kept = tmp_path / "net.tersor", tmp_path / "net.safetensors"
+    code, answer = called(
+        "prune", "digits_net", "--data", "digits", "--out", out, "--structure", "stripe",
+        "--sparsity", 0.7, "--save-weights", kept, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert told == ["features.0", "features.3", "features.7"]
+    assert answer["split"] == (["features.0"] if faster else [])
+    zeros = sum(p["sparsity"] * w for p, w in zip(answer["layers"], (288, 18432, 36864), strict=False))
+    assert out.stat().st_size < float_size - 0.8 * 4 * zeros
+    network = tersor.load_model("digits_net", weights=kept).eval()
+    images = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    expected = network(torch.from_numpy(images)).detach().numpy()
+    found = open_session(load(out), threads=1).run(images)
+    assert np.allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    back = tersor.load(out, into=tersor.load_model("digits_net", seed=1))
+    for name in told:  # scaled by the folded norms, zeros at the same places
+        held, original = (n.get_submodule(name).weight for n in (back, network))
+        assert torch.equal(held != 0, original != 0)

@@ -121,3 +121,13 @@ def test_export_names_the_forms(capsys, small, tmp_path):
     assert code == 2 and "onnx, tersor, openvino, torch" in told
     code, _, told = run(capsys, "export", small, "--to", "openvino", "--out", tmp_path / "a.bin")
     assert code == 2 and ".xml" in told
+
+
+def test_a_file_tells_machine_and_versions_but_no_directory(capsys, small, tmp_path):
+    out = tmp_path / "again.tersor"
+    code, _, _ = run(capsys, "export", small, "--to", "tersor", "--out", out)
+    told = tersor.load(out).provenance
+    assert code == 0 and told["model"] == "small.tersor" and told["machine"]["cpu"]
+    assert {"python", "numpy", "tersor"} <= set(told["versions"])
+    assert str(tmp_path.parent) not in json.dumps(told)
+    np.testing.assert_array_equal(tersor.load(out).state()["bn.running_mean"], np.arange(4.0))

@@ -198,3 +198,16 @@ def test_the_bound_is_met_by_the_strongest(net):
 
     got = within_bound(allocate, lambda units: len(units["a"]) / 1000, 0.3, 0.01)
     assert 265 < len(got["a"]) <= 300
+
+
+def test_a_trial_leaves_the_running_statistics_alone(net, inputs):
+    smaller = copy.deepcopy(net)
+    with torch.no_grad():
+        smaller.features[3].weight[:8] = 0
+    before = {name: value.clone() for name, value in smaller.named_buffers() if "running" in name}
+    trials = Trials(net, inputs[0])
+    assert trials.harm_(smaller) > 0
+    held = dict(smaller.named_buffers())
+    assert before and all(torch.equal(value, held[name]) for name, value in before.items())
+    assert not any(part.training for part in smaller.modules())
+    assert all(part.momentum == 0.1 for part in smaller.modules() if hasattr(part, "momentum"))

@@ -221,5 +221,5 @@ def test_nothing_frozen_is_chosen(net, found):
 
 
 def test_a_schedule_is_refused_here(net, found):
-    with pytest.raises(SpecError, match=r"schedule='iterative' is not known to structured pruning"):
+    with pytest.raises(SpecError, match=r"schedule='iterative' needs a recovery between"):
         plan(net, channel(schedule="iterative", rounds=2), EXAMPLE, found=found)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
+from torchvision.models.swin_transformer import SwinTransformer
 
 import tersor
 from tersor.artifact import pack, save
@@ -17,7 +19,7 @@ from tersor.methods import prune_structured as structured
 from tersor.methods.factorize import factorize
 from tersor.methods.prune import prune
 from tersor.methods.quantize import quantize
-from tersor.methods.restore import plans_of, restore
+from tersor.methods.restore import plans_of, restore, unheld
 from tersor.specs import Factorize, Prune, Quantize
 
 SHAPE = (3, 8, 8)
@@ -190,3 +192,50 @@ def test_inputs_without_a_network_are_refused(tmp_path):
     save(file_of(export_onnx(trained(), SHAPE)), tmp_path / "net.tersor")
     with pytest.raises(SpecError, match="into=MyModel"):
         tersor.load(tmp_path / "net.tersor", inputs=[])
+
+
+def vision_transformer():
+    return VisionTransformer(
+        image_size=8,
+        patch_size=4,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=24,
+        num_classes=5,
+    )
+
+
+def swin():
+    return SwinTransformer([2, 2], 8, [1, 1], [1, 2], [2, 2], num_classes=5)
+
+
+@pytest.mark.parametrize("build", [vision_transformer, swin])
+def test_networks_whose_exporter_folds_parameters_go_back(build, tmp_path):
+    """Tables that the exporter turned into others stand beside the graph; joined weights keep their name."""
+    torch.manual_seed(0)
+    net = build().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    graph = export_onnx(net, SHAPE)
+    state = unheld(net, graph)
+    assert {name.rsplit(".", 1)[-1] for name in state} <= {
+        "relative_position_bias_table",
+        "relative_position_index",
+    }
+    coded = quantize(graph, Quantize(mode="weight_only", bits=8))
+    for made, tolerance in ((graph, 1e-4), (coded.graph, 0.1)):
+        tersor.write(made, tmp_path / "net.tersor", state=state)
+        found = tersor.load(tmp_path / "net.tersor", into=build())
+        np.testing.assert_allclose(
+            logits(found, images(4)), logits(net, images(4)), rtol=tolerance, atol=tolerance
+        )
+        assert all(
+            found.state_dict()[name].dtype == tensor.dtype
+            for name, tensor in net.state_dict().items()
+        )
+    save(file_of(graph), tmp_path / "bare.tersor")
+    if state:
+        with pytest.raises(ModelError, match="relative_position"):
+            tersor.load(tmp_path / "bare.tersor", into=build())

@@ -60,7 +60,7 @@ FORMAT_VERSION = 2
 _START = struct.Struct("<8sIIQ")
 PROLOGUE_BYTES = _START.size + 32
 # What a file may decode to and take while it is read, without its reader saying more.
-FREE_BYTES, BYTES_A_BYTE = 56 << 20, 32
+FREE_BYTES, BYTES_A_BYTE = 56 << 20, 256
 DIGEST_DIGITS = 16
 
 Section = bytes | memoryview
@@ -140,7 +140,7 @@ def _derivations(artifact: Artifact, order: list[str]) -> dict[str, tuple[str, S
 
 def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Artifact:
     """Read a `.tersor` file. Nothing in it is executed or imported, and memory is taken only for what
-    a file of its size may hold: 56 MiB and 32 bytes for each of its bytes above 1 MiB, or `max_bytes`
+    a file of its size may hold: 56 MiB and 256 bytes for each of its bytes above 1 MiB, or `max_bytes`
     (tensors decoded, the graph, and what reading takes) where given.
 
     Raises ArtifactError naming `path` (and the tensor) on anything that `save` does not write.

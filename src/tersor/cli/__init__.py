@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tersor.cli.trust import trusting
 from tersor.errors import TersorError
 
 INTERRUPTED = 130
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tersor {importlib.metadata.version('tersor')}")
         return 0
     try:
-        answer = _parsed(arguments)()
+        with trusting(arguments) as trusted:
+            answer = _parsed(trusted)()
         if "--json" in arguments:
             print(json.dumps(answer, allow_nan=False))
     except TersorError as error:
@@ -51,7 +53,9 @@ def _parsed(arguments: list[str]) -> Callable[[], dict[str, Any]]:
             found: Callable[[], dict[str, Any]] = tyro.extras.subcommand_cli_from_dict(
                 {name: _deferred(command) for name, command in COMMANDS.items()},
                 prog="tersor",
-                description="Make a trained PyTorch network smaller and faster, and measure what it cost.",
+                description="Make a trained PyTorch network smaller and faster, and measure what it cost. "
+                "--trust, with any command: read --weights from a pickle that holds more than tensors, "
+                "though reading it may run code.",
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )

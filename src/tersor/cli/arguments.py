@@ -12,5 +12,8 @@ Model = Annotated[
 Data = Annotated[str, arg(metavar="DATA", help="cifar10 | digits | folder:DIR | FILE.py:FUNCTION")]
 Weights = Annotated[
     str | None,
-    arg(metavar="FILE", help="trained weights: safetensors, or .pt holding tensors only"),
+    arg(
+        metavar="FILE",
+        help="trained weights: safetensors, or .pt holding tensors only (else --trust: may run code)",
+    ),
 ]

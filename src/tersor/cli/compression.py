@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, Watch, say, training_watch, watching
-from tersor.cli.targets import coverage, told, writable
-from tersor.specs import Factorize, Finetune, Plan, Prune, Recipe
+from tersor.cli.targets import coverage, provenance, told, writable
+from tersor.errors import RunError
+from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe
 
 if TYPE_CHECKING:  # slow to import, and only named here
     from torch import nn
@@ -21,7 +26,8 @@ if TYPE_CHECKING:  # slow to import, and only named here
     from tersor.pipeline import Compressed
     from tersor.recipe import Made
 
-    Make = Callable[[nn.Module, Splits, Watch], Made]
+    # the last: a directory for what trainings resume from
+    Make = Callable[[nn.Module, Splits, Watch, pathlib.Path], Made]
 
 
 @dc.dataclass(frozen=True)
@@ -30,12 +36,16 @@ class Recovery:
 
     Attributes:
         reestimate: re-estimate batch norm from unlabelled calibration inputs
-        finetune_epochs: train on (0: not); weights that were set to zero stay zero
+        augment: those inputs, augmented: none, crop, flip_crop, or auto: as the network's statistics tell that its
+            training did
+        finetune_epochs: train on (0: not), after each round where there are several; weights that were set to zero
+            stay zero; resumes from OUT.steps after a kill
         finetune_learning_rate: peak of the learning rate
         distill: share of the training's loss that comes from the original network; 1 uses no labels
     """
 
     reestimate: bool = True
+    augment: Literal["auto", "none", "crop", "flip_crop"] = "auto"
     finetune_epochs: float = 0.0
     finetune_learning_rate: float = 0.03
     distill: float = 0.0
@@ -64,6 +74,7 @@ def prune(
     recovery: Recovery = Recovery(),
     save_weights: str | None = None,
     seed: int = 0,
+    measure: bool = True,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
     """Prune a network and write it as a .tersor file.
@@ -71,6 +82,8 @@ def prune(
     Args:
         out: the file to write (.tersor)
         save_weights: also write the pruned network's weights (.safetensors), to train on
+        measure: structure stripe: time each layer here, and leave empty stripes out of the products where that is
+            faster; they take no room in the file in any case
     """
     from tersor.pipeline import prune_model
 
@@ -78,7 +91,8 @@ def prune(
         return prune_model(module, splits, request, seed=seed, **options)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, seed, output)
-    return task.run(_recovering(change, recovery, seed))
+    following = _recovering(change, recovery, seed)
+    return task.run(Recipe((request,)), following, measure, **dc.asdict(recovery))
 
 
 def factorize(
@@ -107,7 +121,7 @@ def factorize(
         return factorize_model(module, splits, request, **options)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, seed, output)
-    return task.run(_recovering(change, recovery, seed))
+    return task.run(Recipe((request,)), _recovering(change, recovery, seed), **dc.asdict(recovery))
 
 
 def by_recipe(
@@ -118,35 +132,30 @@ def by_recipe(
     weights: str | None,
     num_classes: int | None,
     save_weights: str | None,
+    measure: bool,
     output: Output,
 ) -> dict[str, Any]:
-    """Apply the steps of a recipe to a network and write it as a .tersor file; trainings resume from OUT.steps after a
-    kill."""
-    import shutil
-
+    """Apply the steps of a recipe to a network and write it as a .tersor file; trainings resume from OUT.steps
+    after a kill."""
     from tersor.recipe import read_recipe, run_recipe
 
     asked = read_recipe(recipe)
-    steps = writable(out, ".tersor").with_suffix(".steps")
 
-    def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
-        steps.mkdir(exist_ok=True)
-
+    def make(module: nn.Module, splits: Splits, watch: Watch, steps: pathlib.Path) -> Made:
         def told_of(named: str, progress: Progress) -> None:
             training_watch(watch, named)(progress)
 
         return run_recipe(module, splits, asked, checkpoints=steps, on_progress=told_of)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, asked.seed, output)
-    answer = task.run(make)
-    shutil.rmtree(steps)
-    return answer
+    return task.run(asked, make, measure)
 
 
 def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int) -> Make:
     """`change`, with what follows it."""
 
-    def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
+    def make(module: nn.Module, splits: Splits, watch: Watch, steps: pathlib.Path) -> Made:
+        from tersor.methods.restore import unheld
         from tersor.pipeline import deployment_graph
         from tersor.recipe import Made
 
@@ -154,12 +163,36 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
             module,
             splits,
             reestimate=recovery.reestimate,
+            augment=recovery.augment,
             recovery=recovery.training(seed),
+            checkpoint=steps / "training.checkpoint",
             on_progress=training_watch(watch, "fine-tune"),
         )
-        return Made(deployment_graph(found.module, splits.input_shape), found.module, found.plan)
+        graph = deployment_graph(found.module, splits.input_shape)
+        return Made(graph, found.module, found.plan, unheld(found.module, graph))
 
     return make
+
+
+@contextlib.contextmanager
+def _steps(target: pathlib.Path, asked: dict[str, Any]) -> Iterator[pathlib.Path]:
+    """A directory beside the target, which holds what was `asked`. What ends early leaves it where a training can go
+    on from it."""
+    steps = target.with_suffix(".steps")
+    note, text = steps / "asked.json", json.dumps(asked, indent=1) + "\n"
+    if note.exists() and note.read_text() != text:
+        raise RunError(
+            f"{steps} holds trainings of another request (see {note.name}); remove it to start anew, or give another "
+            "--out"
+        )
+    steps.mkdir(exist_ok=True)
+    note.write_text(text)
+    try:
+        yield steps
+    except BaseException:
+        if list(steps.iterdir()) == [note]:
+            shutil.rmtree(steps)
+        raise
 
 
 @dc.dataclass(frozen=True)
@@ -175,8 +208,11 @@ class _Task:
     seed: int
     output: Output
 
-    def run(self, make: Make) -> dict[str, Any]:
-        """Check the targets, load network and data, `make`, write, and tell layer by layer."""
+    def run(
+        self, request: Recipe, make: Make, measure: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """Check the targets, load network and data, `make`, write, and tell layer by layer. `request` and its other
+        `options` tell a training that goes on from another one."""
         from tersor.data import load_data
         from tersor.models import save_weights
         from tersor.pipeline import resolve, write
@@ -188,16 +224,34 @@ class _Task:
         )
         module = subject.need_module("changing a network")
         splits = load_data(self.data)
-        with watching() as watch:
-            made = make(module, splits, watch)
-        provenance = {"data": splits.name, "model": self.model}
-        size = write(made.graph, target, plan=made.plan, provenance=provenance)
+        asked = {"options": options, "recipe": request.to_dict()}
+        for field in ("model", "data", "weights", "num_classes", "seed"):
+            asked[field] = getattr(self, field)
+        with watching() as watch, _steps(target, asked) as steps:
+            made = make(module, splits, watch, steps)
+        split = _split_where_faster(made.graph, request) if measure else []
+        whence = provenance(self.model, splits.name)
+        size = write(made.graph, target, plan=made.plan, provenance=whence, state=made.state)
         if kept is not None:
             save_weights(made.module, kept)
+        shutil.rmtree(steps)
         plan = made.plan or Plan(Recipe(()))  # a recipe that trains alone has decided nothing
         for earlier in plan.earlier:
             coverage(self.output, earlier)
         answer = told(self.output, target, size, plan)
         before, after = (sum(p.numel() for p in m.parameters()) for m in (module, made.module))
         say(self.output, f"{after:,} parameters of {before:,}")
-        return {**answer, "parameters": after, "parameters_before": before}
+        if split:
+            say(self.output, f"faster without their empty stripes: {', '.join(split)}")
+        return {**answer, "parameters": after, "parameters_before": before, "split": split}
+
+
+def _split_where_faster(graph: Any, request: Recipe) -> list[str]:
+    """Leave empty stripes out of the products of a float graph where that is faster here; returns the layers."""
+    from tersor.bench.forms import faster_forms
+    from tersor.graph.stripes import forms_of_stripes, split_stripes_
+
+    striped = any(isinstance(step, Prune) and step.structure == "stripe" for step in request.steps)
+    if not striped or isinstance(request.steps[-1], Quantize):
+        return []
+    return [change.layer for change in split_stripes_(graph, faster_forms(forms_of_stripes(graph)))]

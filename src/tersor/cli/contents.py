@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Model, Weights
 from tersor.cli.output import Output, say, show_table
-from tersor.cli.targets import picture, writable
+from tersor.cli.targets import picture, provenance, writable
 from tersor.errors import SpecError
 
 if TYPE_CHECKING:
@@ -132,14 +132,12 @@ def export(
     subject = resolve(model, weights=weights, num_classes=num_classes)
     graph = subject.graph(input_shape)
     if to == "tersor":
-        size = write(graph, target, provenance={"model": model})
+        whence, state = provenance(model, None), subject.state(graph)
+        size = write(graph, target, plan=subject.plan, provenance=whence, state=state)
     elif to == "openvino":
         size = _write_openvino(graph, target)
     else:
-        if to == "onnx":
-            data = graph.SerializeToString()
-        else:
-            data = _tensors(graph, {} if subject.artifact is None else subject.artifact.state())
+        data = graph.SerializeToString() if to == "onnx" else _tensors(graph, subject.state(graph))
         write_whole(target, [data], len(data))
         size = len(data)
     say(output, f"wrote {target}, {size:,} bytes")

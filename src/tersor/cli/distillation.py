@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, show_table, training_watch, watching
-from tersor.cli.targets import writable
+from tersor.cli.targets import provenance, writable
 from tersor.errors import SpecError
 from tersor.specs import Finetune
 
@@ -70,6 +70,7 @@ def distill(
     from tersor.methods.distill import distill as train_student
     from tersor.methods.distill import labelled_by
     from tersor.methods.finetune import training_accuracy
+    from tersor.methods.restore import unheld
     from tersor.models import save_weights as save_state
     from tersor.pipeline import deployment_graph, resolve, write
 
@@ -90,7 +91,8 @@ def distill(
             on_progress=training_watch(watch, f"distill {model}"),
         )
     graph = deployment_graph(trained.module, splits.input_shape)
-    size = write(graph, target, provenance={"data": splits.name, "model": name, "teacher": model})
+    whence = provenance(name, splits.name, teacher=model)
+    size = write(graph, target, provenance=whence, state=unheld(trained.module, graph))
     if kept is not None:
         save_state(trained.module, kept)
     held, labels = splits.validation, splits.validation.labels

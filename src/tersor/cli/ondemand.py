@@ -40,6 +40,7 @@ def compress(
     weights: Weights = None,
     num_classes: int | None = None,
     save_weights: str | None = None,
+    measure: bool = True,
     seed: int = 0,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
@@ -62,12 +63,12 @@ def compress(
         dry_run: print what would be built
         recipe: a JSON file: {"steps": [{"kind": "prune", ...}, {"kind": "finetune", ...}, {"kind": "quantize", ...}]}
         save_weights: with --recipe, also write the network's weights before it is quantized (.safetensors)
+        measure: with --recipe, as of prune
     """
     words = {"size": size, "latency": latency, "macs": macs, "energy": energy, "drop": drop}
     if recipe is not None:
-        return _by_recipe(
-            words, model, data, recipe, out, weights, num_classes, save_weights, output
-        )
+        given = (recipe, out, weights, num_classes, save_weights, measure, output)
+        return _by_recipe(words, model, data, *given)
     if save_weights is not None:
         raise SpecError("--save-weights goes with --recipe; the answer of a budget is a file")
     from tersor.ondemand.compress import compress as search

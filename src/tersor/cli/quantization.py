@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.measure import images_to_compare
 from tersor.cli.output import Output, say, show_table, training_watch, watching
-from tersor.cli.targets import told, writable
+from tersor.cli.targets import provenance, told, writable
 from tersor.errors import EngineError, SpecError
 from tersor.specs import Finetune, Quantize
 
@@ -92,8 +92,15 @@ def quantize(
         assert splits is not None  # checked above
         where = (engine, batch, threads)
         quantized, choice = _chosen(quantized, graph, splits, request, where, output)
-    provenance = {"model": model, "data": None if splits is None else splits.name}
-    size = write(quantized.graph, target, plan=quantized.plan, provenance=provenance)
+    whence = provenance(model, None if splits is None else splits.name)
+    held = dc.replace(subject, module=quantized.module or subject.module)
+    size = write(
+        quantized.graph,
+        target,
+        plan=quantized.plan.after(() if subject.plan is None else (subject.plan,)),
+        provenance=whence,
+        state=held.state(quantized.graph),
+    )
     answer = told(output, target, size, quantized.plan)
     shares = quantized.coverage.to_dict()
     macs, weights_covered = shares["macs_share"], shares["bytes_share"]

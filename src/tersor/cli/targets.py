@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 from tersor.cli.output import Output, say, show_table
@@ -37,6 +38,19 @@ def _kept(layer: dict[str, Any]) -> str:
         return f"rank {', '.join(map(str, layer['ranks']))}"
     parts = ("outputs", "inputs")
     return ", ".join(f"{len(layer[part])} {part}" for part in parts if layer[part])
+
+
+def provenance(model: str, data: str | None, **more: str) -> dict[str, Any]:
+    """Where a file comes from: what was named, without directories, the machine and the versions."""
+    from tersor.bench.environment import environment
+
+    where = environment()
+    return {
+        **{key: re.split(r"[/\\]", name)[-1] for key, name in {"model": model, **more}.items()},
+        "data": data,
+        "machine": {key: where[key] for key in ("cpu", "cores", "platform")},
+        "versions": where["versions"],
+    }
 
 
 def writable(path: str, suffix: str) -> pathlib.Path:

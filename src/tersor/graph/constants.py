@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from tersor.engines.onnxruntime import inference_session
+from tersor.graph.layers import attribute
 
 Array = npt.NDArray[Any]
 CODES, DECODED = "_quantized", "_dequantized"
@@ -38,6 +39,17 @@ def constant_values(graph: onnx.ModelProto) -> dict[str, Array]:
         if node.op_type == "MatMulInteger":
             found |= _dynamic(graph, node, values)
     return found
+
+
+def right_factors(graph: onnx.ModelProto) -> set[str]:
+    """Names, as those of `constant_values`, of the matrices (inputs, outputs) that values are
+    multiplied by as they are stored: the transposes of linear layers' weights."""
+    return {
+        node.input[1].removesuffix(DECODED).removesuffix(CODES)
+        for node in graph.graph.node
+        if node.op_type in ("MatMul", "MatMulInteger")
+        or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
+    }
 
 
 def codes_activations(graph: onnx.ModelProto) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tersor.errors import ModelError
-from tersor.graph.layers import WEIGHT_OPS, weight_layers
+from tersor.graph.layers import WEIGHT_OPS
 from tersor.graph.simplify import simplify_pools_
 
 OPSET = 20
@@ -157,13 +157,13 @@ def _user_line(text: str, causes: list[BaseException]) -> str:
 
 
 def _name_weights_(graph: onnx.ModelProto, module: nn.Module) -> None:
-    """Give back to folded biases and transposed linear weights the names of their layers."""
+    """Give back to folded biases and transposed matrices the names they have in the module."""
     initializers = {i.name: i for i in graph.graph.initializer}
     renamed: dict[str, str] = {}
-    linear = {
-        name: layer
-        for name, layer in weight_layers(module)
-        if isinstance(layer, nn.Linear) and f"{name}.weight" not in initializers
+    matrices = {
+        name: parameter.detach().cpu().float().numpy().T
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 2 and name not in initializers
     }
     for node in graph.graph.node:
         if (
@@ -175,11 +175,10 @@ def _name_weights_(graph: onnx.ModelProto, module: nn.Module) -> None:
         weight = node.input[1]
         if node.op_type == "MatMul" and weight not in renamed:
             held = onnx.numpy_helper.to_array(initializers[weight])
-            for name, layer in linear.items():
-                original = layer.weight.detach().cpu().float().numpy().T
+            for name, original in matrices.items():
                 if held.shape == original.shape and np.array_equal(held, original):
-                    renamed[weight] = f"{name}.weight"
-                    del linear[name]
+                    renamed[weight] = name
+                    del matrices[name]
                     break
         owner = renamed.get(weight, weight)
         if owner.endswith(".weight") and len(node.input) > 2 and node.input[2] in initializers:

@@ -33,12 +33,14 @@ class Member:
 
 @dc.dataclass(frozen=True, eq=False)
 class Group:
-    """Units with slices in the same places. `name` is the layer (or parameter) that makes them."""
+    """Units with slices in the same places. `name` is the layer (or parameter) that makes them; `num_gone` counts those
+    that the network has lost since it was traced."""
 
     name: str
     num_units: int
     members: tuple[Member, ...]
     nodes: Nodes  # (num_units,): the component of each unit
+    num_gone: int = 0
 
 
 @dc.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Coupling:
     sites: tuple[Site, ...] = ()
     choices: Choices = dc.field(default_factory=dict)
     trained: bool = False  # whether a run in training mode was labelled too
+    gone: npt.NDArray[np.bool_] | None = None  # (num_nodes,): what the network has lost since
 
     def __getitem__(self, name: str) -> Group:
         """The group of that name. Raises KeyError."""
@@ -75,16 +78,45 @@ class Coupling:
             for member in group.members if len(units) else ():
                 gone.setdefault((member.name, member.axis), []).append(member.index[units].ravel())
         return {
-            place: np.setdiff1d(np.arange(self.ties.size(place)), np.concatenate(indices))
+            place: np.setdiff1d(np.arange(self._left(place).sum()), np.concatenate(indices))
             for place, indices in gone.items()
         }
 
     def nodes_of(self, removed: Removed) -> npt.NDArray[np.bool_]:
-        """(num_nodes,) bool: which nodes go."""
+        """(num_nodes,) bool: which nodes go, or have gone before."""
         gone = np.zeros(self.ties.num_nodes, bool)  # by component
         for group in self.groups:
             gone[group.nodes[np.asarray(removed.get(group.name, ()), np.int64)]] = True
-        return gone[self.component]
+        return gone[self.component] if self.gone is None else gone[self.component] | self.gone
+
+    def without(self, removed: Removed) -> Coupling:
+        """The coupling of the network that is left when the units `removed` have gone: the same groups with the units
+        that stay, at the indices which they have there. Nothing is traced anew; of the network that was traced only."""
+        assert self.gone is None, "units are counted in the network that was traced"
+        left = dc.replace(self, gone=self.nodes_of(removed))
+        return dc.replace(left, groups=tuple(left._of(group, removed) for group in self.groups))
+
+    def _of(self, group: Group, removed: Removed) -> Group:
+        """What is left of a group, in its new indices."""
+        units = np.setdiff1d(np.arange(group.num_units), np.asarray(removed.get(group.name, ())))
+        members = tuple(
+            dc.replace(m, index=(np.cumsum(self._left((m.name, m.axis))) - 1)[m.index[units]])
+            for m in group.members
+        )
+        gone = group.num_units - len(units)
+        return Group(group.name, len(units), members, group.nodes[units], gone)
+
+    def _left(self, place: tuple[str, int]) -> npt.NDArray[np.bool_]:
+        """Which indices of (tensor, axis), as traced, the network still has."""
+        start, size = self.ties.starts[self.ties.places.index(place)], self.ties.size(place)
+        if self.gone is None:
+            return np.ones(size, bool)
+        return ~self.gone[start : start + size]
+
+    @property
+    def whole_macs(self) -> int:
+        """Multiplications of the network that was traced, before anything went."""
+        return dc.replace(self, gone=None).macs()
 
     def macs(self, removed: Removed | None = None) -> int:
         """Multiplications of the products of one run on the example, without the units `removed`."""

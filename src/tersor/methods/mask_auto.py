@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from tersor.errors import BudgetError, ModelError
+from tersor.errors import BudgetError
 from tersor.graph.layers import weight_layers
 from tersor.graph.weights import from_rows
 from tersor.methods.choose import NOTHING, Choice, rows_of, whole_pieces
-from tersor.methods.device import on_device, usable_precision
+from tersor.methods.device import on_device
+from tersor.methods.judging import BatchStatistics, logits_of
 from tersor.methods.layer_statistics import FloatArray
-from tersor.methods.paired_moments import BatchStatistics, input_chunks
+from tersor.methods.paired_moments import input_chunks
 from tersor.methods.reconstruct import fitted_paths
 from tersor.methods.sensitivity import output_distance
 from tersor.search import Option, allocate
@@ -74,7 +75,7 @@ def pruning_harms(
     found: dict[str, list[PruningHarm]] = {}
 
     with BatchStatistics(trial):
-        original = outputs_of(trial, judged)
+        original = logits_of(trial, judged)
 
         def judge(name: str, versions: Iterable[torch.Tensor]) -> None:
             """Versions of the weight of layer `name`, (O, I, *kernel), by rising number removed."""
@@ -86,7 +87,7 @@ def pruning_harms(
             for count, version in zip(counts[name], versions, strict=True):
                 with torch.no_grad():
                     weight.copy_(from_rows(layer, version))
-                harm, _ = output_distance(original, outputs_of(trial, judged))
+                harm, _ = output_distance(original, logits_of(trial, judged))
                 rows.append(PruningHarm(name, count, size, harm))
             with torch.no_grad():
                 weight.copy_(held)
@@ -102,21 +103,6 @@ def pruning_harms(
             told = statistics.get(name, NOTHING)
             judge(name, [rows * choice(rows, mask, told) * mask for choice in choices[name]])
     return [row for name in before for row in found[name]]
-
-
-def outputs_of(module: nn.Module, inputs: torch.Tensor) -> npt.NDArray[np.float32]:
-    """What `module` gives for `inputs`, as it is, in bfloat16 where the processor has it. Raises ModelError
-    for anything but (N, classes)."""
-    bf16 = usable_precision("bf16", inputs.device) == "bf16"
-    with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        outputs = module(inputs)
-    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:
-        kind = getattr(outputs, "shape", type(outputs).__name__)
-        raise ModelError(
-            f"prune.scope auto compares logits (N, classes), and {type(module).__name__} gives {kind}; "
-            "use scope global with criterion lamp"
-        )
-    return np.asarray(outputs.float().cpu().numpy())
 
 
 def allocated(harms: Sequence[PruningHarm], spec: Prune, sparsity: float) -> dict[str, int]:

@@ -67,25 +67,6 @@ class Reading:
                 handle.remove()
 
 
-class BatchStatistics:
-    """Batch norms of `module` use each batch's own mean and variance and leave theirs alone: pruned layers
-    before them have changed what they see, and they are re-estimated at the end anyway."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-
-    def __enter__(self) -> None:
-        self.momenta = [norm.momentum for norm in self.norms]
-        for norm in self.norms:
-            norm.momentum = 0.0
-            norm.train()
-
-    def __exit__(self, *_: object) -> None:
-        for norm, momentum in zip(self.norms, self.momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
-
-
 def walk_pairs(
     teacher: nn.Module,
     student: nn.Module,

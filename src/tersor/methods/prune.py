@@ -20,11 +20,12 @@ from tersor.graph.layers import weight_layers
 from tersor.graph.select import excluded_layers
 from tersor.graph.weights import from_rows
 from tersor.methods import choose
+from tersor.methods.judging import logits_of
 from tersor.methods.layer_statistics import layer_statistics
-from tersor.methods.mask_auto import outputs_of, pruning_harms, removed_by_sensitivity
+from tersor.methods.mask_auto import pruning_harms, removed_by_sensitivity
 from tersor.methods.paired_moments import CHUNK, input_chunks
 from tersor.methods.reconstruct import reconstruct
-from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.methods.reestimate import augmentation_of, reestimate_batch_norm
 from tersor.methods.sensitivity import output_distance
 from tersor.specs import LayerPlan, Plan, Prune
 from tersor.specs.prune import MASKED
@@ -43,12 +44,14 @@ class Evidence:
 
     `inputs` are batches (N, ...) float32 without labels; `labels` (N,) int64 for each batch change what
     gradients are of: the task's loss instead of the distance to the original's outputs. `original` is
-    the network whose outputs are to be kept, by default the one that is pruned.
+    the network whose outputs are to be kept, by default the one that is pruned. `augment` is for
+    batch-norm re-estimation (see there).
     """
 
     inputs: Sequence[npt.NDArray[np.float32]] = ()
     labels: Sequence[npt.NDArray[np.int64]] | None = None
     original: nn.Module | None = None
+    augment: str = "auto"
 
 
 NOTHING = Evidence()
@@ -164,6 +167,7 @@ def apply(
             evidence.inputs,
             before=before,
             statistics=statistics,
+            augment=evidence.augment,
             seed=seed,
         )
         kept = {f"{name}.weight": mask for name, mask in found.masks.items()}
@@ -274,6 +278,9 @@ def _by_sensitivity(
     inputs = [part.numpy() for part in torch.split(fitting, CHUNK)]
     harms = pruning_harms(module, spec, before, statistics, inputs, seed=seed)
     original = evidence.original or module
+    augment = evidence.augment
+    if augment == "auto" and spec.distance:
+        augment = augmentation_of(original, inputs, seed=seed)
     masks = {
         f"{name}.weight": from_rows(module.get_submodule(name), m) for name, m in before.items()
     }
@@ -283,10 +290,10 @@ def _by_sensitivity(
             LayerPlan(name, "prune", sparsity=count / before[name].numel())
             for name, count in removed.items()
         )
-        seen = dc.replace(evidence, inputs=inputs, original=original)
+        seen = dc.replace(evidence, inputs=inputs, original=original, augment=augment)
         pruned = apply(module, Plan(spec, decided), seed=seed, evidence=seen, masks=masks)
-        renewed = reestimate_batch_norm(pruned.module, inputs)
-        kept, changed = (outputs_of(m.eval(), judging) for m in (copy.deepcopy(original), renewed))
+        renewed = reestimate_batch_norm(pruned.module, inputs, augment=augment, seed=seed)
+        kept, changed = (logits_of(m.eval(), judging) for m in (copy.deepcopy(original), renewed))
         return output_distance(kept, changed)[0]
 
     removed = removed_by_sensitivity(spec, harms, distance_at)

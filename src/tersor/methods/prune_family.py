@@ -15,7 +15,13 @@ from tersor.graph.groups import Coupling, Removed
 from tersor.graph.labels import named_tensors
 from tersor.graph.surgery import lines_of, removed
 from tersor.methods.prune_auto import Units, allocated, group_harms
-from tersor.methods.prune_structured import Ranked, candidates, require_finite, scores_of, written
+from tersor.methods.prune_structured import (
+    Ranked,
+    candidates,
+    plan_of_units,
+    require_finite,
+    scores_of,
+)
 from tersor.methods.prune_trials import Trials
 from tersor.methods.unit_statistics import unit_statistics
 from tersor.specs import Plan, Prune
@@ -144,7 +150,7 @@ class ChannelFamily:
 
     def plan(self, units: Units) -> Plan:
         """The removal as a plan, for `prune_structured.apply`."""
-        return written(self.module, self.spec, self.found, units)
+        return plan_of_units(self.module, self.spec, self.found, units)
 
 
 def _multiple(found: Coupling) -> int:

@@ -76,7 +76,7 @@ def plan(
         return plan_blocks(module, spec, example, images)
     found = found if found is not None else coupled_groups(module, example)
     units = chosen_units(module, spec, example, found, inputs=inputs, labels=labels, seed=seed)
-    return written(module, spec, found, units)
+    return plan_of_units(module, spec, found, units)
 
 
 def chosen_units(
@@ -87,9 +87,15 @@ def chosen_units(
     *,
     inputs: Iterable[FloatArray] | None = None,
     labels: Iterable[Any] | None = None,
+    original: nn.Module | None = None,
     seed: int = 0,
 ) -> Units:
-    """The units of each group of `found` that go; as `plan`."""
+    """The units of each group of `found` that go; as `plan`.
+
+    Where `found` is of a network that has lost units before, spec.sparsity, macs, floor and multiple_of are of the
+    network before: what has gone counts. `original` is the network whose outputs the whole is to keep, by default
+    `module`.
+    """
     _refuse_unused(spec)
     require_finite(module)
     groups = candidates(module, spec, found)
@@ -104,7 +110,9 @@ def chosen_units(
     ranked = Ranked(spec, groups, scores_of(module, groups, spec, statistics, seed))
     if spec.scope == "auto":
         assert images is not None
-        return _automatic(module, spec, found, ranked, Trials(module, images))
+        trials = Trials(module, images)
+        judging = trials if original is None else Trials(original, images)
+        return _automatic(module, spec, found, ranked, trials, judging)
     return _within_macs(found, spec.macs, ranked) if spec.macs > 0 else ranked.at(spec.sparsity)
 
 
@@ -144,8 +152,8 @@ def _refuse_unused(spec: Prune) -> None:
         )
     if spec.schedule != "one_shot":
         raise SpecError(
-            f"prune.schedule={spec.schedule!r} is not known to structured pruning: one plan is one shot; make plan "
-            "after plan of the smaller networks, with recovery between them"
+            f"prune.schedule={spec.schedule!r} needs a recovery between its rounds, and a plan is one shot: take "
+            "methods.schedules.remove_gradually, a recipe or the command"
         )
 
 
@@ -251,20 +259,22 @@ class Ranked:
 
     def lowest(self, group: Group, wanted: int) -> Nodes:
         """At most `wanted` units, rising: fewer where the floor or the multiple demands it."""
-        least = max(1, int(np.ceil(self.spec.floor * group.num_units)))
+        least = max(1, int(np.ceil(self.spec.floor * (group.num_units + group.num_gone))))
         kept = max(self._rounded(group, least), self._rounded(group, group.num_units - wanted))
         return np.sort(self.ranks[group.name][: group.num_units - kept])
 
     def at(self, share: float) -> Units:
-        """That share of all units: of each layer, or with scope "global" the lowest of all."""
-        count = min(round(share * len(self.pooled)), len(self.pooled))
+        """That share of all units: of each layer, or with scope "global" the lowest of all. What has gone before
+        counts."""
+        before = sum(group.num_gone for group in self.groups)
+        count = max(round(share * (len(self.pooled) + before)) - before, 0)
         threshold = self.pooled[count - 1] if count else -1.0
         gone = {}
         for group in self.groups:
-            wanted = round(share * group.num_units)
+            wanted = round(share * (group.num_units + group.num_gone)) - group.num_gone
             if self.spec.scope == "global":
                 wanted = int((self.scores[group.name] <= threshold).sum())
-            gone[group.name] = self.lowest(group, wanted)
+            gone[group.name] = self.lowest(group, max(wanted, 0))
         return gone
 
     def _rounded(self, group: Group, kept: int) -> int:
@@ -277,14 +287,8 @@ class Ranked:
 
 def _within_macs(found: Coupling, macs: float, ranked: Ranked) -> Units:
     """The smallest share of units whose removal leaves at most the share `macs` of the multiplications."""
-    whole = found.macs()
-    limit = macs * whole
-    least = found.macs(ranked.at(1.0))
-    if least > limit:
-        raise BudgetError(
-            f"macs={macs:g} cannot be met: with all removed that may go, {least / whole:.4f} of the "
-            "multiplications stay; raise macs, lower floor, or exclude fewer layers"
-        )
+    _require_reachable(found, macs, ranked)
+    limit = macs * found.whole_macs
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -292,18 +296,40 @@ def _within_macs(found: Coupling, macs: float, ranked: Ranked) -> Units:
     return ranked.at(high)
 
 
+def require_reachable(module: nn.Module, spec: Prune, found: Coupling) -> None:
+    """Raise BudgetError where spec.macs is below what the floors allow, whatever is chosen."""
+    if spec.macs > 0:
+        groups = candidates(module, spec, found)
+        none = {group.name: np.zeros(group.num_units) for group in groups}
+        _require_reachable(found, spec.macs, Ranked(spec, groups, none))
+
+
+def _require_reachable(found: Coupling, macs: float, ranked: Ranked) -> None:
+    whole, least = found.whole_macs, found.macs(ranked.at(1.0))
+    if least > macs * whole:
+        raise BudgetError(
+            f"macs={macs:g} cannot be met: with all removed that may go, {least / whole:.4f} of the "
+            "multiplications stay; raise macs, lower floor, or exclude fewer layers"
+        )
+
+
 def _automatic(
-    module: nn.Module, spec: Prune, found: Coupling, ranked: Ranked, trials: Trials
+    module: nn.Module,
+    spec: Prune,
+    found: Coupling,
+    ranked: Ranked,
+    trials: Trials,
+    judging: Trials,
 ) -> Units:
-    """Scope "auto": see `plan`."""
+    """Scope "auto": see `plan`. `trials` compare with this network, for the groups; `judging` with the first one."""
     harms = group_harms(module, ranked.groups, found, ranked.lowest, trials)
 
     def measured(units: Units) -> float:
-        return trials.harm_(removed(module, lines_of(module, found.kept(units))))
+        return judging.harm_(removed(module, lines_of(module, found.kept(units))))
 
     def by_macs(macs: float) -> Units:
         equal = _within_macs(found, macs, ranked)
-        limit = macs * found.macs()
+        limit = macs * found.whole_macs
         chosen = allocated(ranked.groups, harms, ranked.lowest, found.macs, limit, equal)
         return min(chosen, equal, key=measured)
 
@@ -317,11 +343,11 @@ def _automatic(
 
         chosen = allocated(ranked.groups, harms, ranked.lowest, left, left(equal), equal)
         return min(chosen, equal, key=measured)
-    least = found.macs(ranked.at(1.0)) / found.macs()
+    least = found.macs(ranked.at(1.0)) / found.whole_macs
     return within_bound(by_macs, measured, spec.distance or KL_BOUND, least)
 
 
-def written(module: nn.Module, spec: Prune, found: Coupling, units: Units) -> Plan:
+def plan_of_units(module: nn.Module, spec: Prune, found: Coupling, units: Units) -> Plan:
     """What goes, and of every other layer why it keeps its outputs."""
     lines, skipped = list(lines_of(module, found.kept(units))), _skipped(module, spec)
     changed = {line.layer: line for line in lines}

@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from tersor.errors import DataError, ModelError, SpecError
 from tersor.methods.calibrate import checked_batches
-from tersor.methods.device import usable_precision
+from tersor.methods.judging import BatchStatistics, logits_of
 from tersor.methods.sensitivity import output_distance
 
 FloatArray = npt.NDArray[np.float32]
@@ -58,7 +57,6 @@ class Trials:
     def __init__(self, module: nn.Module, images: FloatArray) -> None:
         pieces = max(1, round(len(images) / TRIAL_BATCH))
         self.images = [torch.from_numpy(piece) for piece in np.array_split(images, pieces)]
-        self.bf16 = usable_precision("bf16", torch.device("cpu")) == "bf16"
         original = copy.deepcopy(module).eval()
         self.original = self._logits(original)
         if not np.isfinite(self.original).all():
@@ -71,26 +69,17 @@ class Trials:
 
     def harm_(self, smaller: nn.Module) -> float:
         """Mean over images of KL(softmax(original) || softmax(smaller)) in nats, 0 or more; infinite where `smaller`
-        overflows. The running statistics of `smaller` are spoilt."""
-        smaller.eval()
-        for part in smaller.modules():
-            if isinstance(part, _NormBase):
-                part.train()
-        logits = self._logits(smaller)
+        overflows. `smaller` is in eval mode then."""
+        with BatchStatistics(smaller.eval()):
+            logits = self._logits(smaller)
         if not np.isfinite(logits).all():
             return float("inf")
         return max(output_distance(self.original, logits)[0] - self.offset, 0.0)
 
     def _logits(self, module: nn.Module) -> FloatArray:
         module = module.to(memory_format=torch.channels_last)
-        parts = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            for images in self.images:
-                out = module(images.contiguous(memory_format=torch.channels_last))
-                if not isinstance(out, Tensor) or out.ndim != 2:
-                    raise ModelError(
-                        f"{type(module).__name__} returns no logits (N, classes): its outputs cannot be compared; "
-                        "wrap it in a module that returns them"
-                    )
-                parts.append(out.float().numpy())
+        parts = [
+            logits_of(module, images.contiguous(memory_format=torch.channels_last))
+            for images in self.images
+        ]
         return np.concatenate(parts)

@@ -84,7 +84,7 @@ def train_quantized(
     names layers left in float, as for quantize. Input ranges start from `num_calibration` unlabelled
     calibration inputs by the registered `observer`. `teacher` (default: `module`) gives the logits for
     training.distill. Dropout is off: it scales up the inputs of a layer, beyond the range that evaluation
-    needs. At the end batch norm is re-estimated from the calibration inputs. Raises as `finetune` does,
+    needs. At the end batch norm is re-estimated from the calibration inputs, augmented as in the training. Raises as `finetune` does,
     SpecError for bits or patterns, ModelError for layers that cannot be trained.
     """
     prepared = copy.deepcopy(module).cpu().eval()
@@ -118,7 +118,13 @@ def train_quantized(
     # Means of weights and means of statistics do not belong together: 9 steps of ResNet-18 at 2 bits ended ten
     # times nearer the teacher with this.
     calibration = splits.batches(splits.calibration, REESTIMATE_BATCH)
-    settled = reestimate_batch_norm(trained.module, calibration, precision=training.precision)
+    settled = reestimate_batch_norm(
+        trained.module,
+        calibration,
+        augment=training.augment,
+        precision=training.precision,
+        seed=training.seed,
+    )
     trained = dc.replace(trained, module=settled)
     plain, learned = strip(settled)
     _unfold_(plain, learned, folded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ from tersor.tensors.grids import Grid, fit_grid
 from tersor.tensors.observers import OBSERVERS
 from tersor.tensors.rounding import NEEDS_HESSIAN, ROUNDINGS
 
+if TYPE_CHECKING:
+    from torch import nn
+
 FloatArray = npt.NDArray[np.float32]
 
 MIXED_BITS = (2, 3, 4, 5, 6, 8)
@@ -63,7 +66,8 @@ class Quantized:
     """The quantized graph, what was done to each layer, and how much of the model that is.
 
     `ranges` holds (low, high) of every quantized activation, `num_calibration` the images they come
-    from; both are empty but for mode static.
+    from; both are empty but for mode static. `module` is the network whose weights those of the graph
+    are, where it was trained (mode qat).
     """
 
     graph: onnx.ModelProto
@@ -71,6 +75,7 @@ class Quantized:
     coverage: Coverage
     ranges: dict[str, tuple[float, float]]
     num_calibration: int
+    module: nn.Module | None = None
 
 
 def quantize(

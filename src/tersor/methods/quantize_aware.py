@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses as dc
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +68,7 @@ def quantize_aware(
         on_progress=on_progress,
     )
     learned = export_quantized(result.module, result.learned, splits.input_shape)
-    return _integer_graph(learned, splits, spec)
+    return dc.replace(_integer_graph(learned, splits, spec), module=result.module)
 
 
 def _integer_graph(learned: LearnedGraph, splits: Splits, spec: Quantize) -> Quantized:

@@ -17,9 +17,9 @@ from torch import nn
 from tersor.graph.layers import weight_layers
 from tersor.graph.weights import as_rows, from_rows
 from tersor.methods.device import off_device, on_device
+from tersor.methods.judging import BatchStatistics
 from tersor.methods.layer_statistics import POSITIONS, FloatArray, layer_statistics
 from tersor.methods.paired_moments import (
-    BatchStatistics,
     MomentSums,
     Reading,
     input_chunks,
@@ -56,6 +56,7 @@ def reconstruct(
     *,
     before: Mapping[str, torch.Tensor] | None = None,
     statistics: Mapping[str, LayerStatistics] | None = None,
+    augment: str = "auto",
     precision: str = "bf16",
     positions_per_image: int = POSITIONS,
     seed: int = 0,
@@ -65,7 +66,7 @@ def reconstruct(
     `batches` are inputs (N, ...) float32; the values that live at one point of the network are held for
     all of them. `before` (by layer, bool, in the form (O, I, *kernel)) is what earlier prunings kept.
     `statistics` hands gradients to criteria that need them. Biases are fitted too, and batch norms
-    re-estimated. `precision` "bf16" runs the passes in bfloat16 where the processor has it. Raises
+    re-estimated, with images augmented by `augment` (as there). `precision` "bf16" runs the passes in bfloat16 where the processor has it. Raises
     DataError for unusable inputs, ModelError for a layer with too many inputs.
     """
     inputs = input_chunks(batches)
@@ -90,7 +91,14 @@ def reconstruct(
         walk_pairs(teacher, student, inputs, fitted, change, precision, positions_per_image, seed)
     for name in fitted.keys() - work.masks.keys():  # branches that no input took
         work.only_mask(name)
-    renewed = reestimate_batch_norm(off_device(student), arrays, precision=precision)
+    renewed = reestimate_batch_norm(
+        off_device(student),
+        arrays,
+        original=original,
+        augment=augment,
+        precision=precision,
+        seed=seed,
+    )
     return Reconstruction(renewed, {n: work.masks[n] for n in layers}, work.errors)
 
 

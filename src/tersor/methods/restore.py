@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,9 +18,10 @@ from tersor.artifact import Artifact
 from tersor.engines.load import available_cpus
 from tersor.engines.onnxruntime import inference_session
 from tersor.errors import DataError, ModelError
-from tersor.graph.constants import codes_activations, constant_values
+from tersor.graph.constants import Array, codes_activations, constant_values, right_factors
 from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.graph.layers import WEIGHT_LAYERS
+from tersor.graph.stripes import whole_kernels
 from tersor.graph.surgery import removed
 from tersor.methods.factorize import restructured
 from tersor.methods.share import restructured as shared
@@ -42,8 +44,8 @@ def restore(
     those batch norms, at the same function, so that training starts where the file stands.
     The network computes what the file's graph does, with its activations in float: this is checked
     on noise, exactly where the graph has no codes of activations. Raises ModelError, naming the
-    tensors, for a network of another class or one whose parameters the graph does not hold by their
-    names.
+    tensors, for a network of another class or one whose parameters the file does not hold by their
+    names, in its graph or beside it (`unheld`).
     """
     graph = artifact.to_onnx()
     changed = copy.deepcopy(module)
@@ -52,12 +54,12 @@ def restore(
     shape = [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim][1:]
     # half as large as normalised images: calibrated codes would cut more of it off
     noise = np.random.default_rng(0).normal(0, 0.5, (8, *shape)).astype(np.float32)
-    values = constant_values(graph)
+    values = {**artifact.state(), **whole_kernels(graph, changed, constant_values(graph))}
     folds, _ = (
         fold_copies_(changed, torch.from_numpy(noise)) if _differs(changed, values) else ([], {})
     )
     norms = _folded_norms(changed, values, torch.from_numpy(noise))
-    _fill_(changed, values, norms)
+    _fill_(changed, values, norms, right_factors(graph))
     if folds:
         unfold_copies_(changed, folds, {})
     changed.eval()
@@ -67,14 +69,45 @@ def restore(
     return changed
 
 
-def plans_of(artifact: Artifact) -> list[Plan]:
-    """The plans of a file in the order they were applied; none where it holds none."""
+def unheld(module: nn.Module, graph: onnx.ModelProto) -> dict[str, Array]:
+    """Parameters and buffers of `module`, by name, that its deployment `graph` does not hold under
+    their names (tables that the exporter folded into others): what `restore` needs beside the graph.
+
+    Left out is what `restore` finds again: batch norms folded into the layers before them, biases of
+    zeros, counters.
+    """
+    values = whole_kernels(graph, module, constant_values(graph))
+    folded = {
+        f"{name}.{key}"
+        for name, part in module.named_modules()
+        if isinstance(part, _BatchNorm) and f"{name}.running_mean" not in values
+        for key in part.state_dict()
+    }
+    found = {}
+    for name, tensor in module.state_dict().items():
+        if name in values or name in folded or name.endswith("num_batches_tracked"):
+            continue
+        if name.endswith(".bias") and not tensor.any():
+            continue
+        held = tensor.detach().cpu()
+        found[name] = (held.float() if held.is_floating_point() else held).numpy().copy()
+    return found
+
+
+def plan_of(artifact: Artifact) -> Plan | None:
+    """The plan that made a file, which holds those before it; None where the file holds none."""
     if not artifact.plan:
-        return []
+        return None
     plan = from_dict(artifact.plan)
     if not isinstance(plan, Plan):
         raise ModelError(f"the file's plan is of kind {plan.kind!r}; expected plan")
-    return [*plan.earlier, plan]
+    return plan
+
+
+def plans_of(artifact: Artifact) -> list[Plan]:
+    """The plans of a file in the order they were applied; none where it holds none."""
+    last = plan_of(artifact)
+    return [] if last is None else [*last.earlier, last]
 
 
 def _restructured(module: nn.Module, plan: Plan) -> nn.Module:
@@ -134,8 +167,11 @@ def _folded_norms(
     return found
 
 
-def _fill_(module: nn.Module, values: Mapping[str, Any], norms: Mapping[str, str]) -> None:
-    """Put the graph's constants into the parameters of their names, folded biases into the norms."""
+def _fill_(
+    module: nn.Module, values: Mapping[str, Any], norms: Mapping[str, str], factors: set[str]
+) -> None:
+    """Put the graph's constants into the parameters of their names, folded biases into the norms.
+    `factors` are matrices that stand in the graph as linear layers' transposes."""
     state = module.state_dict()
     fresh: dict[str, torch.Tensor] = {}
     for norm, layer in norms.items():
@@ -154,13 +190,15 @@ def _fill_(module: nn.Module, values: Mapping[str, Any], norms: Mapping[str, str
         value = values.get(name)
         if value is None and name.endswith(".bias"):
             value = np.zeros(tuple(tensor.shape), np.float32)  # the exporter leaves zeros out
-        if value is not None and value.shape == tuple(tensor.shape)[::-1] != tuple(tensor.shape):
+        if value is not None and _is_turned(
+            module, name, tuple(tensor.shape), value.shape, factors
+        ):
             value = value.T
         if value is None or value.shape != tuple(tensor.shape):
             held = "nothing" if value is None else f"shape {value.shape}"
             unlike.append(f"{name}: the network has {tuple(tensor.shape)}, the file {held}")
         else:
-            fresh[name] = torch.from_numpy(np.array(value, np.float32))
+            fresh[name] = torch.from_numpy(np.array(value)).to(tensor.dtype)
     if unlike:
         more = f" and {len(unlike) - 5} more" if len(unlike) > 5 else ""
         raise ModelError(
@@ -168,6 +206,19 @@ def _fill_(module: nn.Module, values: Mapping[str, Any], norms: Mapping[str, str
             "instance of the class and size that was compressed"
         )
     module.load_state_dict({**state, **fresh})
+
+
+def _is_turned(
+    module: nn.Module, name: str, shape: tuple[int, ...], held: tuple[int, ...], factors: set[str]
+) -> bool:
+    """Whether a matrix of the graph, of shape `held`, is the transpose of the parameter `name`. Where
+    the shapes do not tell, the layer does: torch's own multiply by the transposes of their weights."""
+    if len(shape) != 2 or held != shape[::-1]:
+        return False
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return held != shape or (
+        name in factors and isinstance(owner, nn.Linear | nn.MultiheadAttention)
+    )
 
 
 def _require_same(module: nn.Module, graph: Any, noise: FloatArray) -> None:

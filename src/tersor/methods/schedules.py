@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from tersor.errors import BudgetError, ModelError
+from tersor.errors import BudgetError, ModelError, SpecError
+from tersor.graph.coupling import coupled_groups
+from tersor.graph.groups import Coupling
+from tersor.methods import prune_structured as structured
 from tersor.methods.prune import NOTHING, Evidence, Masks, Pruned, prune
-from tersor.specs import Prune
+from tersor.methods.prune_auto import KL_BOUND
+from tersor.specs import Plan, Prune
+from tersor.specs.prune import REMOVED
 
 Recover = Callable[[nn.Module, Mapping[str, torch.Tensor], int], nn.Module]
 
@@ -68,28 +76,101 @@ def prune_gradually(
     return dc.replace(last, plan=dc.replace(last.plan, request=spec))
 
 
+@dc.dataclass(frozen=True, eq=False)
+class Smaller:
+    """The network that rounds of removal left, recovered, and the plan of all of them together, for the first one."""
+
+    module: nn.Module
+    plan: Plan
+
+
+def remove_gradually(
+    module: nn.Module,
+    spec: Prune,
+    example: Any,
+    *,
+    recover: Recover,
+    inputs: Sequence[npt.NDArray[np.float32]] | None = None,
+    labels: Sequence[Any] | None = None,
+    found: Coupling | None = None,
+    seed: int = 0,
+    on_round: Callable[[int, nn.Module], None] | None = None,
+) -> Smaller:
+    """Remove channels, filters or neurons in spec.rounds rounds, and `recover` after each.
+
+    `example`, `inputs`, `labels` and `found` as for methods.prune_structured.plan; inputs are gone through in every
+    round. spec.macs, sparsity, distance and floor are of the whole: what is removed after a round follows the formula
+    of `shares`, and the last round ends where one shot would. Criteria look at the network as it is then, recovered;
+    a distance is that from `module`. Its channels are coupled once, at the start: what goes together does not change
+    by training. recover(module, {}, number) is that of `prune_gradually`, without masks: it returns the network it was
+    given, trained on. Raises what the plan of one shot does, BudgetError before any work, and ModelError where a
+    recovery returns another network.
+    """
+    if spec.structure == "block":
+        raise SpecError(
+            f"prune.schedule={spec.schedule!r} is for channels, filters, neurons and masks; whole blocks go in one "
+            "shot, each by its measured harm"
+        )
+    found = found if found is not None else coupled_groups(module, example)
+    structured.require_reachable(module, spec, found)
+    staying = {group.name: np.arange(group.num_units) for group in found.groups}
+    gone: dict[str, npt.NDArray[np.int64]] = {}
+    current = module
+    for number, step in enumerate(_steps(spec), 1):
+        left = found.without(gone)
+        units = structured.chosen_units(
+            current, step, example, left, inputs=inputs, labels=labels, original=module, seed=seed
+        )
+        decided = structured.plan_of_units(current, step, left, units)
+        smaller = structured.apply(current, decided, inputs=inputs, seed=seed)
+        for group in found.groups:
+            staying[group.name] = np.delete(staying[group.name], units.get(group.name, ()))
+            gone[group.name] = np.setdiff1d(np.arange(group.num_units), staying[group.name])
+        if on_round:
+            on_round(number, smaller)
+        current = recover(smaller, {}, number)
+        _check_same(smaller, current, number)
+    return Smaller(current, structured.plan_of_units(module, spec, found, gone))
+
+
 def _steps(spec: Prune) -> list[Prune]:
-    """The request of each round."""
+    """The request of each round, as one shot."""
     numbers = range(1, spec.rounds + 1)
-    if spec.distance:
-        return [dc.replace(spec, distance=_share(spec, spec.distance, n)) for n in numbers]
+    spec, rounds = dc.replace(spec, schedule="one_shot", rounds=1), spec
+    if spec.macs:
+        shares_left = [1 - _share(rounds, 1 - spec.macs, n) for n in numbers[:-1]]
+        return [dc.replace(spec, macs=share) for share in (*shares_left, spec.macs)]
+    without_total = spec.structure in REMOVED and spec.scope == "auto" and not spec.sparsity
+    if distance := spec.distance or without_total * KL_BOUND:
+        parts = [_share(rounds, distance, n, of_parts=False) for n in numbers]
+        return [dc.replace(spec, distance=part) for part in parts]
     if spec.structure != "n_m":
-        return [dc.replace(spec, sparsity=share) for share in shares(spec)]
+        return [dc.replace(spec, sparsity=share) for share in shares(rounds)]
     kept, of = spec.kept_of
-    densities = [of - round(_share(spec, 1 - kept / of, n) * of) for n in numbers]
+    densities = [of - round(_share(rounds, 1 - kept / of, n) * of) for n in numbers]
     return [dc.replace(spec, pattern=f"{n}:{of}") for n in densities if n < of]
 
 
-def _share(spec: Prune, total: float, number: int) -> float:
-    """What of `total` has gone after round `number`."""
+def _share(spec: Prune, total: float, number: int, *, of_parts: bool = True) -> float:
+    """What of `total` has gone after round `number`; a distance is no share `of_parts`."""
     done = number / spec.rounds
     if done == 1 or spec.schedule == "one_shot":
         return total
     if spec.schedule == "gradual":
         return total * (1 - (1 - done) ** 3)
-    if spec.distance:
+    if not of_parts:
         return total * done
     return float(1 - (1 - total) ** done)
+
+
+def _check_same(given: nn.Module, module: nn.Module, number: int) -> None:
+    parameters = dict(module.named_parameters())
+    for name, parameter in given.named_parameters():
+        if name not in parameters or parameters[name].shape != parameter.shape:
+            raise ModelError(
+                f"the recovery of round {number} gave a network without the parameter {name!r} of shape "
+                f"{tuple(parameter.shape)}; it must return the network it was given, trained on"
+            )
 
 
 def _check_kept(module: nn.Module, masks: Masks, number: int) -> None:

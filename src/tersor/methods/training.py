@@ -201,7 +201,8 @@ class Loop:
                     self.state.history.append({"epoch": epoch, "loss": mean, "images_per_s": rate})
                     losses = []
             stop = interrupted()
-            if checkpoint is not None and (stop or now - saved > checkpoint_seconds):
+            due = stop or step == self.num_steps or now - saved > checkpoint_seconds
+            if checkpoint is not None and due:
                 if self._sound(loss):
                     self.save(checkpoint)
                 saved = time.perf_counter()

@@ -81,8 +81,11 @@ def _user_module(name: str, options: dict[str, Any]) -> nn.Module:
     return module
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_weights(path: str | os.PathLike[str], *, trust: bool = False) -> dict[str, torch.Tensor]:
     """Read a state dict from safetensors, or from a `.pt` file with weights_only=True (no code is run).
+
+    With `trust` a `.pt` file may be any pickle, of a whole module too: reading it runs the code that it
+    names.
 
     The compact VGG form, in which `NAME.sum49` holds a linear layer summed over the 49 equal copies that a
     7x7 average pool makes of a 1x1 map, is expanded here. Raises ModelError.
@@ -97,13 +100,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         elif file.suffix == ".safetensors":
             found = load_file(file)
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=not trust)
     except Exception as error:  # a damaged pickle raises AssertionError, KeyError and more
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{file} cannot be read as weights: {reason}; expected safetensors, or a .pt file that holds "
-            "tensors only"
+            "tensors only; reading another pickle runs code: if you know who made it, give --trust"
         ) from None
+    if isinstance(found, torch.nn.Module):
+        found = found.state_dict()
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not all(

@@ -15,7 +15,7 @@ from tersor.artifact import load, pack, save
 from tersor.bench.choose import choose_engine
 from tersor.bench.drop import Drop, measured_drop
 from tersor.bench.energy import counted_energy_mj
-from tersor.bench.timing import time_sessions
+from tersor.bench.timing import time_apart
 from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.graph.layers import graph_layers
@@ -94,7 +94,7 @@ def measured(
         return None
     session = open_session(held, engine=chosen.engine, threads=original.threads)
     eager = open_session(original.module, engine="torch", threads=original.threads)
-    times = time_sessions(
+    times = time_apart(
         {EAGER: eager, MODEL: session}, original.input_shape, original.batch, seconds=seconds
     )
     logits = logits_of(session, original.held)

@@ -16,7 +16,7 @@ from torch import nn
 
 from tersor.bench.drop import Drop
 from tersor.bench.energy import counted_energy_mj
-from tersor.bench.timing import time_sessions
+from tersor.bench.timing import time_apart
 from tersor.data import load_data
 from tersor.data.arrays import Splits
 from tersor.data.unlabelled import from_batches, unlabelled
@@ -110,7 +110,7 @@ def measured_original(
             "finite logits (N, classes) are compared here"
         )
     sessions = {EAGER: open_session(module, engine="torch", threads=threads), FLOAT: engine}
-    times = time_sessions(sessions, splits.input_shape, budget.batch, seconds=effort.timing_seconds)
+    times = time_apart(sessions, splits.input_shape, budget.batch, seconds=effort.timing_seconds)
     tensors = [*module.parameters(), *module.buffers()]
     size = 4.0 * sum(t.numel() for t in tensors if t.is_floating_point())
     macs = float(sum(layer.macs for layer in graph_layers(graph)))

@@ -8,6 +8,7 @@ import math
 from tersor.specs.spec import Spec, one_of, require
 
 LEARNING_SCHEDULES = ("one_cycle", "rewind", "cosine", "constant")
+AUGMENTATIONS = ("none", "crop", "flip_crop")
 DEFAULT_WARMUP = 0.2
 
 
@@ -87,7 +88,7 @@ class Finetune(Spec, kind="finetune"):
                 math.isfinite(value) and value >= 0,
                 f"finetune.{name} must be finite and 0 or more, got {value!r}",
             )
-        one_of("finetune.augment", self.augment, ("none", "flip_crop", "crop"))
+        one_of("finetune.augment", self.augment, AUGMENTATIONS)
         one_of("finetune.precision", self.precision, ("bf16", "float32"))
         one_of("finetune.compile", self.compile, ("auto", "on", "off"))
         one_of("finetune.schedule", self.schedule, LEARNING_SCHEDULES)

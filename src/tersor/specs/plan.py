@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses as dc
 
-from tersor.specs.spec import Spec
+from tersor.specs.finetune import AUGMENTATIONS
+from tersor.specs.spec import Spec, one_of
 
 
 @dc.dataclass(frozen=True)
 class Recipe(Spec, kind="recipe"):
-    """Steps in the order they are applied, and the seed that makes them reproducible."""
+    """Steps in the order they are applied, and the seed that makes them reproducible.
+
+    augment   of the images that batch norms are re-estimated on after a step: none, crop, flip_crop,
+              or auto, as the network's own statistics tell that its training did.
+    """
 
     steps: tuple[Spec, ...]
     seed: int = 0
+    augment: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("recipe.augment", self.augment, ("auto", *AUGMENTATIONS))
 
 
 @dc.dataclass(frozen=True)

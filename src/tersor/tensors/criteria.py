@@ -88,8 +88,9 @@ def random(weight: torch.Tensor, seed: int, statistics: LayerStatistics) -> torc
 
 @criterion("taylor", needs=("gradient",))
 def taylor(weight: torch.Tensor, seed: int, statistics: LayerStatistics) -> torch.Tensor:
-    """First order (Molchanov 2019, eq. 8): the mean over batches of (g w)^2, g the gradient of the
-    batch's loss; pieces add theirs (eq. 9)."""
+    """The square of the first-order term (Molchanov 2019, "Importance estimation for neural network
+    pruning"): the mean over batches of (g w)^2, g the gradient of the batch's loss. Of the two ways
+    given there to judge a piece this is the sum over its weights, not the square of their sum."""
     assert statistics.gradient is not None
     return weight.double().square() * statistics.gradient.double()
 

@@ -104,17 +104,26 @@ def random(units: UnitValues, seed: int) -> Tensor:
 
 @criterion("taylor", needs="effects", comparable=True)
 def taylor(units: UnitValues, seed: int) -> Tensor:
-    """Mean over images of |sum of activation * dL/d activation|, the first-order change of the loss when a unit goes
-    (Molchanov 2017, "Pruning convolutional neural networks for resource efficient inference", eq. 8, summed instead of
-    averaged over positions, so that layers compare)."""
+    """Mean over images of |sum over positions of activation * dL/d activation|, the first-order change of an image's
+    loss when a unit goes (Molchanov 2017, "Pruning convolutional neural networks for resource efficient inference",
+    eq. 8, of each image by itself and then averaged, as there).
+
+    Two things differ: the sum is not divided by the number of positions, nor by the norm over the layer (section 2.3),
+    since changes of the loss compare between layers as they are. For the squares of "Importance estimation for neural
+    network pruning" (Molchanov 2019) see `fisher`.
+    """
     assert units.effects is not None
     return units.effects.abs().mean(0)
 
 
 @criterion("fisher", needs="effects", comparable=True)
 def fisher(units: UnitValues, seed: int) -> Tensor:
-    """Half the mean over images of (sum of activation * dL/d activation)^2, the second-order change of the loss (Theis
-    2018, "Faster gaze prediction with dense networks and Fisher pruning", feature maps)."""
+    """Half the mean over images of (sum over positions of activation * dL/d activation)^2, the second-order change of
+    the loss (Theis 2018, "Faster gaze prediction with dense networks and Fisher pruning", feature maps).
+
+    It orders units as the squared first-order term of a gate on the unit does (Molchanov 2019, "Importance estimation
+    for neural network pruning"), taken image by image; there a gradient is that of a batch.
+    """
     assert units.effects is not None
     return units.effects.square().mean(0) / 2
 

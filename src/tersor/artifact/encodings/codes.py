@@ -28,7 +28,7 @@ from tersor.errors import ArtifactError
 CONSTANT, RUNS, CONTEXT = 0, 1, 2
 TRANSPOSED, DENSE, STRIPED, CUT, PREDICTED = 1, 2, 4, 8, 16
 RUN_LIMIT = 1 << 22  # symbols; in effect, runs forget nothing
-PIECE = 1 << 20  # elements handled at once
+PIECE = 1 << 18  # elements handled at once
 KEPT = 256  # symbols that a class of rows takes over from the one before
 MAX_CLASSES, MAX_ROWS = 64, 1 << 16
 LEAST_CONTEXT = 256  # elements

@@ -11,7 +11,7 @@ from tersor.artifact.encoding import ENCODINGS, Array, Shape, Steps, count, word
 from tersor.artifact.encodings.codes import Codes
 
 RAW, CODED = 0, 1
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
 @ENCODINGS.register("planes")
@@ -69,6 +69,7 @@ class Planes:
             else:
                 plane = np.frombuffer(cursor.take(size), np.uint8)
             found[:, dtype.itemsize - 1 - number] = plane
+            del plane  # before the next one is made
         cursor.end()
         words = found.reshape(-1).view(word_type(dtype))
         if dtype.kind == "f":

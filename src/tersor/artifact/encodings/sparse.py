@@ -22,7 +22,7 @@ class Sparse:
     are stored (a byte: 0 dense, 1 planes, 2 integers); their section, as one row.
     """
 
-    extra = 1.25
+    extra = 1.5
 
     @staticmethod
     def accepts(dtype: np.dtype[Any]) -> bool:
