@@ -301,7 +301,10 @@ def coding(told):
                 beside(held, held.get("entropy")),
                 beside(held, min(models, default=None)),
                 *(beside(held, held[key]) for key in ("zstd", "lzma", "huffman")),
-                *(f"{speed[key] / 1e6:.0f}" if key in speed else "–" for key in ("all", "all, quick")),
+                *(
+                    f"{speed[key] / 1e6:.0f}" if key in speed else "–"
+                    for key in ("all", "all, quick")
+                ),
             ]
         )
         thin = row["bytes_where_at_most_a_tenth_is_not_0"]

@@ -87,8 +87,18 @@ def test_low_rank_is_told_with_its_ranks(tmp_path, float_size):
         ("--structure", "stripe", "--scope", "auto"),
         ("--schedule", "gradual", "--rounds", "2", "--finetune-epochs", "0.2"),
         ("--structure", "channel", "--scope", "auto", "--macs", "0.4"),
-        ("--structure", "channel", "--macs", "0.4", "--schedule", "gradual", "--rounds", "2",
-         "--finetune-epochs", "0.2"),
+        (
+            "--structure",
+            "channel",
+            "--macs",
+            "0.4",
+            "--schedule",
+            "gradual",
+            "--rounds",
+            "2",
+            "--finetune-epochs",
+            "0.2",
+        ),
     ],
     ids=lambda options: " ".join(options),
 )
@@ -157,7 +167,9 @@ def test_stripes_are_small_in_the_file_and_left_out_where_that_is_faster(
     assert code == 0
     assert told == ["features.0", "features.3", "features.7"]
     assert answer["split"] == (["features.0"] if faster else [])
-    zeros = sum(p["sparsity"] * w for p, w in zip(answer["layers"], (288, 18432, 36864), strict=False))
+    zeros = sum(
+        p["sparsity"] * w for p, w in zip(answer["layers"], (288, 18432, 36864), strict=False)
+    )
     assert out.stat().st_size < float_size - 0.8 * 4 * zeros
     network = tersor.load_model("digits_net", weights=kept).eval()
     images = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)

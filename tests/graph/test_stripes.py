@@ -34,7 +34,10 @@ def masked(layer, keep):
     with torch.no_grad():
         layer.weight.mul_(keep)
         sizes = layer(torch.zeros(2, *SHAPE)).shape[1:]
-    right, left = layer._reversed_padding_repeated_twice[:2], layer._reversed_padding_repeated_twice[2:]
+    right, left = (
+        layer._reversed_padding_repeated_twice[:2],
+        layer._reversed_padding_repeated_twice[2:],
+    )
     node = onnx.helper.make_node(
         "Conv",
         ["input", "0.weight", *["0.bias"] * (layer.bias is not None)],
@@ -125,9 +128,7 @@ def test_a_sum_over_stripes_is_the_same_function(data, density):
     if both:
         shrink_kernels_(both)
         split_stripes_(both, ["0"])
-        expected, found = (
-            outputs(g, np.ones((1, *SHAPE), np.float32)) for g in (before, both)
-        )
+        expected, found = (outputs(g, np.ones((1, *SHAPE), np.float32)) for g in (before, both))
         assert np.allclose(expected, found, atol=1e-5)
 
 
@@ -159,7 +160,10 @@ def test_what_is_left_alone_is_said():
 
 def test_stripes_of_every_layer_alone_in_two_forms():
     network = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2), nn.Conv2d(6, 6, 3, groups=2)
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, 2),
+        nn.Conv2d(6, 6, 3, groups=2),
     ).eval()
     with torch.no_grad():
         for place in (0, 2, 3):

@@ -189,7 +189,9 @@ def _convolutions(graph: onnx.ModelProto) -> list[GraphLayer]:
 def _obstacle(graph: onnx.ModelProto, layer: GraphLayer, nodes: Sequence[onnx.NodeProto]) -> str:
     if sum(list(n.input).count(layer.weight) for n in graph.graph.node) > len(nodes):
         return "its weight is read by another operation too"
-    if any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for n in nodes for a in n.attribute):
+    if any(
+        a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for n in nodes for a in n.attribute
+    ):
         return "its padding is left to the engine"
     return ""
 
@@ -259,7 +261,9 @@ class _Split:
         self.add("Sum", parts, self.node.output[0], [])
         return self.made, len(self.weight) + int(stripes.sum() - stripes[:, full].sum())
 
-    def add(self, op: str, inputs: Sequence[str], output: str, shape: list[int], **told: Any) -> str:
+    def add(
+        self, op: str, inputs: Sequence[str], output: str, shape: list[int], **told: Any
+    ) -> str:
         """A node; `shape` of its output behind the batch, where that is to be recorded."""
         self.made.append(onnx.helper.make_node(op, inputs, [output], name=f"{output}.{op}", **told))
         if shape:
@@ -282,7 +286,9 @@ class _Split:
         half = self.rank
         around = [0, 0, *pads[:half], 0, 0, *pads[half:]]
         name = f"{self.name}.padded"
-        return self.add("Pad", [self.node.input[0], self.constant(f"{name}.pads", around)], name, [])
+        return self.add(
+            "Pad", [self.node.input[0], self.constant(f"{name}.pads", around)], name, []
+        )
 
     def _part(self, source: str, flat: int, filters: Array | None) -> str:
         """What one position adds; `filters` (O,) bool tells which have a stripe there, None: all."""
@@ -356,7 +362,11 @@ def _put_together_(
         place = tuple(int(at) for at in match.group(1).split("_"))
         rows = values[held].reshape(len(values[held]), -1)
         index = filters.get(f"{held.removesuffix('.weight')}.filters", np.arange(len(rows)))
-        if rows.shape[1] != shape[1] or len(index) != shape[0] or np.any(place >= np.array(shape[2:])):
+        if (
+            rows.shape[1] != shape[1]
+            or len(index) != shape[0]
+            or np.any(place >= np.array(shape[2:]))
+        ):
             return  # of another network: told as missing
         whole[(slice(None), slice(None), *place)] = rows[index]
     if parts:

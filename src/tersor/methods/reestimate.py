@@ -116,9 +116,7 @@ def _split(batches: Iterable[FloatArray]) -> tuple[list[FloatArray], Iterator[Fl
     return first, itertools.chain(first, left)
 
 
-def _augmented(
-    batches: Iterable[FloatArray], augment: str, seed: int
-) -> Iterator[torch.Tensor]:
+def _augmented(batches: Iterable[FloatArray], augment: str, seed: int) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
         inputs = torch.from_numpy(batch)

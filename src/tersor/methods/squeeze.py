@@ -24,11 +24,11 @@ from tersor.graph.layers import weight_layers
 from tersor.graph.weights import as_rows, from_rows, num_positions
 from tersor.methods.device import off_device, on_device
 from tersor.methods.importance import output_importance
+from tersor.methods.judging import BatchStatistics
 from tersor.methods.layer_statistics import FloatArray
 from tersor.methods.learned import LayerBits, LearnedLayer
 from tersor.methods.paired_moments import (
     CHUNK,
-    BatchStatistics,
     MomentSums,
     Reading,
     input_chunks,

@@ -66,6 +66,7 @@ def measured(
     choice: Mapping[str, Any],
     *,
     macs: float,
+    state: dict[str, Any] | None = None,
     engines: Sequence[str] | None = None,
     seconds: float = 3.0,
     quick_coding: bool = True,
@@ -73,17 +74,18 @@ def measured(
 ) -> Measured | None:
     """Write `graph` to `path`, and judge what is read back from there; None where no engine is right.
 
-    `quick_coding`: the file without context modelling, a little larger and written many times faster. The drop is
+    `state` is what the graph does not hold of the network (methods.restore). `quick_coding`: the file without context modelling, a little larger and written many times faster. The drop is
     judged on the engine that was chosen.
     """
     told = {"tersor": importlib.metadata.version("tersor"), **(provenance or {})}
-    size = save(pack(graph, plan=plan.to_dict(), provenance=told, quick=quick_coding), path)
-    held = load(path).to_onnx()
+    held = pack(graph, plan=plan.to_dict(), provenance=told, state=state, quick=quick_coding)
+    size = save(held, path)
+    graph = load(path).to_onnx()
     compared = original.inputs[: max(COMPARED, original.batch)]
     if len(compared) < original.batch:  # fewer inputs than the batch that is asked for
         compared = np.concatenate([compared] * -(-original.batch // len(compared)))
     chosen = choose_engine(
-        {MODEL: held},
+        {MODEL: graph},
         compared,
         batch=original.batch,
         threads=original.threads,
@@ -92,7 +94,7 @@ def measured(
     )
     if chosen.chosen is None or chosen.engine is None:
         return None
-    session = open_session(held, engine=chosen.engine, threads=original.threads)
+    session = open_session(graph, engine=chosen.engine, threads=original.threads)
     eager = open_session(original.module, engine="torch", threads=original.threads)
     times = time_apart(
         {EAGER: eager, MODEL: session}, original.input_shape, original.batch, seconds=seconds

@@ -187,7 +187,7 @@ def _written(original: Original, found: Found, directory: pathlib.Path, clock: C
     target = directory / (MODEL if found.met else NEAREST)
     best = found.answer
     held = load(best.path)
-    again = pack(held.to_onnx(), plan=held.plan, provenance=held.provenance)
+    again = pack(held.to_onnx(), plan=held.plan, provenance=held.provenance, state=held.state())
     size = save(again, target)
     if size > best.costs["size_bytes"]:  # never seen; the file that was judged is the answer then
         shutil.copyfile(best.path, target)

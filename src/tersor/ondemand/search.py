@@ -12,6 +12,7 @@ from typing import Any
 from tersor.errors import BudgetError, ModelError
 from tersor.methods.bit_options import BitOptions, bit_options
 from tersor.methods.prune_family import ChannelFamily
+from tersor.methods.restore import unheld
 from tersor.ondemand.build import Network, example_of, network, rounded
 from tersor.ondemand.candidate import Measured, measured
 from tersor.ondemand.effort import Clock, Effort, Watch
@@ -78,6 +79,7 @@ def facts(
         directory / "candidate_0.tersor",
         {"channels_share": 1.0, "mode": STATIC, "bits": {}},
         macs=original.costs["macs"],
+        state=unheld(original.module, original.graph),
         engines=ENGINES_AT_ONE if original.batch == 1 else None,
         seconds=effort.timing_seconds,
     )
@@ -217,6 +219,7 @@ class Search:
             self.directory / f"candidate_{number}.tersor",
             {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
             macs=point.form.costs["macs"],
+            state=unheld(made.module, made.graph),
             engines=self._engines() if mode == STATIC else ["onnxruntime"],
             seconds=self.effort.timing_seconds,
         )
