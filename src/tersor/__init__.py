@@ -18,6 +18,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Budget": "specs",
     "Factorize": "specs",
     "Finetune": "specs",
     "Plan": "specs",
@@ -25,9 +26,11 @@ _HOMES = {
     "Quantize": "specs",
     "Recipe": "specs",
     "Share": "specs",
+    "Squeeze": "specs",
     "StudySettings": "study.settings",
     "TersorError": "errors",
     "benchmark": "bench.timing:time_sessions",
+    "compress": "ondemand.compress",
     "evaluate": "bench.evaluate",
     "export_onnx": "graph.export",
     "factorize": "methods.factorize",
@@ -47,6 +50,7 @@ _HOMES = {
     "save": "artifact",
     "save_weights": "models",
     "share": "methods.share",
+    "squeeze": "methods.squeezing",
     "write": "pipeline",
 }
 

@@ -1,4 +1,4 @@
-"""Several steps in one go: remove, factorize, share, prune, train, quantize, in the order of a recipe."""
+"""Several steps in one go: remove, factorize, share, prune, train, quantize or squeeze, in the order of a recipe."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tersor.errors import SpecError
 from tersor.graph.constants import Array
 from tersor.methods.finetune import Progress, finetune
 from tersor.methods.restore import unheld
+from tersor.methods.squeezing import squeeze
 from tersor.pipeline import (
     Compressed,
     deployment_graph,
@@ -26,10 +27,21 @@ from tersor.pipeline import (
     quantize_network,
     share_model,
 )
-from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe, Share, Spec, from_dict
+from tersor.specs import (
+    Factorize,
+    Finetune,
+    Plan,
+    Prune,
+    Quantize,
+    Recipe,
+    Share,
+    Spec,
+    Squeeze,
+    from_dict,
+)
 from tersor.specs.prune import MASKED
 
-STEPS = (Prune, Factorize, Share, Finetune, Quantize)
+STEPS = (Prune, Factorize, Share, Finetune, Quantize, Squeeze)
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -92,6 +104,17 @@ def run_recipe(
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
             state = unheld(quantized.module or current, quantized.graph)
             return Made(quantized.graph, current, quantized.plan.after(tuple(plans)), state)
+        if isinstance(step, Squeeze):
+            small = squeeze(
+                current,
+                splits,
+                step,
+                earlier=tuple(plans),
+                masks=masks,
+                checkpoint=place,
+                on_progress=told,
+            )
+            return Made(small.graph, current, small.plan, unheld(small.module, small.graph))
         if isinstance(step, Finetune):
             if number and _between(recipe.steps, number - 1) is step:
                 continue  # done, after each round
@@ -161,10 +184,10 @@ def _check_order(steps: Sequence[Any]) -> None:
         if not isinstance(step, STEPS):
             kinds = ", ".join(kind.kind for kind in STEPS)
             raise SpecError(f"step {number} is a {step.kind}; a recipe's steps are {kinds}")
-        if isinstance(step, Quantize) and number < len(steps):
+        if isinstance(step, Quantize | Squeeze) and number < len(steps):
             raise SpecError(
-                f"step {number} quantizes, and step {number + 1} ({steps[number].kind}) follows: "
-                "quantize last"
+                f"step {number} ({step.kind}) chooses codes, and step {number + 1} "
+                f"({steps[number].kind}) follows: {step.kind} last"
             )
         moves = isinstance(step, Factorize | Share) or (
             isinstance(step, Prune) and step.structure not in MASKED
@@ -178,6 +201,11 @@ def _check_order(steps: Sequence[Any]) -> None:
             raise SpecError(
                 f"step {number}: mode qat trains all weights, also those that {zeros} set to zero; "
                 "use mode static, or prune a structure that is removed"
+            )
+        if zeros and isinstance(step, Squeeze) and step.epochs:
+            raise SpecError(
+                f"step {number}: squeeze with epochs trains all weights, also those that {zeros} set to zero; "
+                "squeeze without training, or prune a structure that is removed"
             )
         if isinstance(step, Prune) and step.structure in MASKED:
             zeros = f"step {number}"

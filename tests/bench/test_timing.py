@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tersor.bench import time_sessions, timing
+from tersor.bench.timing import time_apart
 from tersor.errors import EngineError, SpecError
 
 
@@ -135,3 +136,21 @@ def test_a_session_that_does_not_answer_the_batch_is_refused_by_name(clock):
     sessions["bad"].run = lambda batch: np.zeros((1, 10), np.float32)
     with pytest.raises(EngineError, match=r"'bad' returned shape \(1, 10\) for a batch of 4"):
         time_sessions(sessions, (1, 2, 2), 4)
+
+
+def test_apart_each_runs_alone_in_turns_and_every_run_counts(clock, monkeypatch):
+    rests = []
+    monkeypatch.setattr(timing.time, "sleep", rests.append)
+    log, sessions = make(clock, {"A": [1], "B": [4]})
+    found = time_apart(sessions, (1, 2, 2), 2, repeats=30, warmup=1)
+    assert [name for name, _ in itertools.groupby(log)] == list("ABABAB")
+    assert len(rests) == 6 and min(rests) > 0
+    assert {name: t.median_ms for name, t in found.items()} == {"A": 1, "B": 4}
+    assert {t.repeats for t in found.values()} == {30}
+
+
+def test_apart_keeps_to_its_seconds(clock, monkeypatch):
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    _, sessions = make(clock, {"A": [10], "B": [10]})
+    time_apart(sessions, (1, 2, 2), 1, repeats=10**6, seconds=1.2, warmup=1)
+    assert clock.now_ns * 1e-9 < 1.5

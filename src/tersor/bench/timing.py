@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # sessions are handed in: timing them needs no engine importe
     from tersor.engines import Session
 
 MIN_ROUNDS = 3  # below three runs a median is no better than a single one
+BLOCKS = 3  # turns of each session where they are timed apart
+REST_SECONDS = 0.05
 _clock_ns = time.perf_counter_ns
 
 
@@ -49,6 +51,36 @@ def time_sessions(
         name: _timing(sessions[name], batch, times)
         for name, times in _rounds(sessions, inputs, repeats, seconds).items()
     }
+
+
+def time_apart(
+    sessions: Mapping[str, Session],
+    input_shape: tuple[int, int, int],
+    batch: int,
+    *,
+    repeats: int = 200,
+    seconds: float = 30.0,
+    warmup: int = 3,
+) -> dict[str, Timing]:
+    """As `time_sessions`, but each session runs alone for a while, in BLOCKS turns with a rest before each.
+
+    For sessions of different libraries: the threads of one may go on waiting actively after its run (OpenMP's do,
+    for some milliseconds) and take the cores from the next, which in use would have them. ResNet-18 in
+    integers took twice its time where PyTorch ran before it on two cores. Turns go round, so that drift of the
+    machine still hits all alike.
+    """
+    _check(sessions, input_shape, batch, repeats, seconds, warmup)
+    spent: dict[str, list[int]] = {name: [] for name in sessions}
+    inputs = np.random.default_rng(0).standard_normal((batch, *input_shape)).astype(np.float32)
+    for _ in range(BLOCKS):
+        for name, session in sessions.items():
+            time.sleep(REST_SECONDS)
+            for _ in range(max(1, warmup)):
+                _check_output(name, session.run(inputs), batch)
+            alone = {name: session}
+            share = seconds / (BLOCKS * len(sessions))
+            spent[name] += _rounds(alone, inputs, -(-repeats // BLOCKS), share)[name]
+    return {name: _timing(sessions[name], batch, times) for name, times in spent.items()}
 
 
 def _rounds(

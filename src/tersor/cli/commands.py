@@ -11,13 +11,15 @@ from tyro.conf import Positional
 
 from tersor.cli.activity import activity
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.compression import compress, factorize, prune
+from tersor.cli.compression import factorize, prune
 from tersor.cli.contents import export, inspect
 from tersor.cli.distillation import distill
 from tersor.cli.measure import benchmark, evaluate
+from tersor.cli.ondemand import advise, compress
 from tersor.cli.output import Output, say, training_watch, watching
 from tersor.cli.quantization import quantize
 from tersor.cli.sensitivity import sensitivity
+from tersor.cli.squeezing import squeeze
 from tersor.cli.studies import demo, report, study
 from tersor.cli.targets import writable
 from tersor.specs import Finetune
@@ -91,9 +93,11 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "distill": distill,
     "evaluate": evaluate,
     "compress": compress,
+    "advise": advise,
     "prune": prune,
     "factorize": factorize,
     "quantize": quantize,
+    "squeeze": squeeze,
     "sensitivity": sensitivity,
     "activity": activity,
     "benchmark": benchmark,

@@ -1,4 +1,4 @@
-"""The commands that change a network before it is exported: prune, factorize, and any recipe."""
+"""The commands that change a network before it is exported: prune, factorize, and a recipe's steps."""
 
 from __future__ import annotations
 
@@ -124,27 +124,19 @@ def factorize(
     return task.run(Recipe((request,)), _recovering(change, recovery, seed), **dc.asdict(recovery))
 
 
-def compress(
-    model: Positional[Model],
-    /,
-    *,
-    data: Data,
+def by_recipe(
+    model: str,
+    data: str,
     recipe: str,
     out: str,
-    weights: Weights = None,
-    num_classes: int | None = None,
-    save_weights: str | None = None,
-    measure: bool = True,
-    output: Output = Output(),  # noqa: B008
+    weights: str | None,
+    num_classes: int | None,
+    save_weights: str | None,
+    measure: bool,
+    output: Output,
 ) -> dict[str, Any]:
-    """Apply the steps of a recipe to a network and write it as a .tersor file.
-
-    Args:
-        recipe: a JSON file: {"steps": [{"kind": "prune", ...}, {"kind": "finetune", ...}, {"kind": "quantize", ...}]}
-        out: the file to write (.tersor); trainings resume from OUT.steps after a kill
-        save_weights: also write the network's weights before it is quantized (.safetensors)
-        measure: as of prune
-    """
+    """Apply the steps of a recipe to a network and write it as a .tersor file; trainings resume from OUT.steps
+    after a kill."""
     from tersor.recipe import read_recipe, run_recipe
 
     asked = read_recipe(recipe)

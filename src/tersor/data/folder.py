@@ -1,7 +1,8 @@
-"""An image folder: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, decoded once and cached as arrays.
+"""An image folder: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or images alone, without labels; decoded once
+and cached as arrays.
 
 An optional DIR/dataset.json may hold `name`, `mean` and `std`; otherwise the folder's name is used and the
-statistics are computed from the training images.
+statistics are computed from the training images. Its `size`, [height, width], is what every image is resized to.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tersor.data.arrays import ArraySet, Splits, split
+from tersor.data.unlabelled import image_files, unlabelled
 from tersor.errors import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -34,12 +36,16 @@ def cache_dir() -> pathlib.Path:
 def load_folder(
     directory: str | os.PathLike[str], *, seed: int = 0, num_calibration: int = 512
 ) -> Splits:
-    """Read an image folder. All images must have one size (the first training image's).
+    """Read an image folder. All images must have one size (the first training image's), unless dataset.json gives
+    one.
 
-    Raises DataError for a missing folder, no images, a class that only the test part has, an image that
-    cannot be read or has another size; the message names the file.
+    A folder with neither train nor test in it is taken as images without labels (see data.unlabelled). Raises
+    DataError for a missing folder, no images, a class that only the test part has, an image that cannot be read or
+    has another size; the message names the file.
     """
     root = pathlib.Path(directory)
+    if root.is_dir() and not any((root / part).exists() for part in ("train", "test")):
+        return _without_labels(root, seed, num_calibration)
     train_files = _files(root / "train")
     test_files = _files(root / "test")
     classes = tuple(sorted({f.parent.name for f in train_files}))
@@ -51,8 +57,9 @@ def load_folder(
     if unknown := sorted({f.parent.name for f in test_files} - set(classes)):
         raise DataError(f"{root / 'test'}: class {unknown[0]!r} has no training images")
     settings = _settings(root)
-    train = _cached(train_files, classes)
-    test = _cached(test_files, classes, expected=train.images.shape[1:])
+    size = settings.get("size")
+    train = _cached(train_files, classes, size=size)
+    test = _cached(test_files, classes, expected=train.images.shape[1:], size=size)
     mean, std = settings.get("mean"), settings.get("std")
     if mean is None or std is None:
         mean, std = channel_statistics(train.images)
@@ -63,6 +70,28 @@ def load_folder(
         classes,
         tuple(float(m) for m in mean),
         tuple(float(s) for s in std),
+        seed=seed,
+        num_calibration=num_calibration,
+    )
+
+
+def _without_labels(root: pathlib.Path, seed: int, num_calibration: int) -> Splits:
+    files = image_files(root, SUFFIXES)
+    if not files:
+        raise DataError(
+            f"{root}: no images found, and neither train/CLASS/ nor test/CLASS/ folders; allowed endings: "
+            f"{', '.join(sorted(SUFFIXES))}"
+        )
+    settings = _settings(root)
+    images = _cached(files, (), size=settings.get("size")).images
+    mean, std = settings.get("mean"), settings.get("std")
+    if mean is None or std is None:
+        mean, std = channel_statistics(images)
+    return unlabelled(
+        str(settings.get("name", root.resolve().name)),
+        images,
+        mean=tuple(float(m) for m in mean),
+        std=tuple(float(s) for s in std),
         seed=seed,
         num_calibration=num_calibration,
     )
@@ -103,9 +132,13 @@ def _settings(root: pathlib.Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-    allowed = {"name", "mean", "std"}
+    allowed = {"name", "mean", "std", "size"}
     if not isinstance(found, dict) or set(found) - allowed:
         raise DataError(f"{path}: expected an object with {', '.join(sorted(allowed))} only")
+    size = found.get("size", [1, 1])
+    whole = isinstance(size, list) and all(isinstance(v, int) and 1 <= v <= 4096 for v in size)
+    if not whole or len(size) != 2:
+        raise DataError(f"{path}: size must be [height, width] in pixels, got {size!r}")
     name = found.get("name", "data")
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{path}: name must be text, got {name!r}")
@@ -127,18 +160,22 @@ def _is_number(value: object) -> bool:
 
 
 def _cached(
-    files: list[pathlib.Path], classes: tuple[str, ...], expected: tuple[int, ...] | None = None
+    files: list[pathlib.Path],
+    classes: tuple[str, ...],
+    expected: tuple[int, ...] | None = None,
+    size: list[int] | None = None,
 ) -> ArraySet:
-    """Decode `files`, or map the arrays that an earlier call with the same files left in the cache."""
-    key = hashlib.sha256()
+    """Decode `files`, or map the arrays that an earlier call with the same files left in the cache; without
+    `classes` there are no labels."""
+    key = hashlib.sha256(b"" if size is None else repr(size).encode())
     for file in files:
         stat = file.stat()
         key.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    labels = np.array([classes.index(f.parent.name) for f in files], np.int64)
+    labels = np.array([classes.index(f.parent.name) for f in files], np.int64) if classes else None
     path = cache_dir() / f"{key.hexdigest()[:32]}.npy"
     images = _kept(path, len(files))
     if images is None:
-        images = _decode(files, expected)
+        images = _decode(files, expected, size)
         _keep(path, images)
     if expected is not None and images.shape[1:] != tuple(expected):
         raise DataError(
@@ -174,12 +211,17 @@ def _keep(path: pathlib.Path, images: npt.NDArray[np.uint8]) -> None:
         ) from None
 
 
-def _decode(files: list[pathlib.Path], expected: tuple[int, ...] | None) -> npt.NDArray[np.uint8]:
+def _decode(
+    files: list[pathlib.Path], expected: tuple[int, ...] | None, size: list[int] | None = None
+) -> npt.NDArray[np.uint8]:
     images: npt.NDArray[np.uint8] | None = None
     for index, file in enumerate(files):
         try:
             with Image.open(file) as image:
-                pixels = np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
+                colours = image.convert("RGB")
+                if size is not None:
+                    colours = colours.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+                pixels = np.asarray(colours, np.uint8).transpose(2, 0, 1)
         except Exception as error:  # decoders raise SyntaxError, struct.error and more
             raise DataError(
                 f"{file}: not a readable image ({error}); remove or replace it"
@@ -189,7 +231,8 @@ def _decode(files: list[pathlib.Path], expected: tuple[int, ...] | None) -> npt.
         if pixels.shape != images.shape[1:]:
             raise DataError(
                 f"{file}: is {pixels.shape[2]}x{pixels.shape[1]} pixels, the others are "
-                f"{images.shape[3]}x{images.shape[2]}; resize the images to one size"
+                f"{images.shape[3]}x{images.shape[2]}; resize the images to one size, or "
+                'give "size" in dataset.json'
             )
         images[index] = pixels
     assert images is not None, "callers pass at least one file"

@@ -16,7 +16,7 @@ from tersor.errors import DataError, ModelError
 from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.methods.device import off_device, on_device, training_device, usable_precision
 from tersor.methods.interrupt import noted_interrupts
-from tersor.methods.training import Loop, Masks, Progress
+from tersor.methods.training import Control, Loop, Masks, Progress
 from tersor.specs import Finetune
 
 __all__ = ["Progress", "Trained", "finetune", "training_accuracy"]
@@ -48,6 +48,7 @@ def finetune(
     *,
     masks: Masks | None = None,
     teacher: nn.Module | None = None,
+    control: Callable[[nn.Module], Control] | None = None,
     checkpoint: pathlib.Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_progress: Callable[[Progress], None] | None = None,
@@ -55,7 +56,8 @@ def finetune(
     """Train a copy of `module` on splits.train and return its exponential moving average, in eval mode.
 
     `masks` (parameter name -> bool, True = keep) stay as they are: a pruned weight never comes back.
-    `teacher` gives the logits for spec.distill and the features for spec.hints. `checkpoint` names a file
+    `teacher` gives the logits for spec.distill and the features for spec.hints. `control` makes, of the
+    network that is trained, what is told of every step before it. `checkpoint` names a file
     written at most `checkpoint_seconds` apart; when it exists the training goes on from it, and it is removed
     by the caller. The order of images and their augmentation depend on the seed and the step alone, so a
     resumed run sees the same batches. Ctrl-C finishes the step and writes the checkpoint before
@@ -78,7 +80,7 @@ def finetune(
     computed = any(map(parametrize.is_parametrized, student.modules()))
     folded, small_masks = ([], masks or {}) if computed else fold_copies_(student, example, masks)
     student = on_device(student, device).train()
-    loop = Loop(student, splits, spec, small_masks, teacher, device)
+    loop = Loop(student, splits, spec, small_masks, teacher, device, control)
     if checkpoint is not None and checkpoint.exists():
         loop.restore(checkpoint)
     with (

@@ -13,10 +13,11 @@ from torch import nn
 
 from tersor.errors import ModelError
 from tersor.graph.export import export_onnx
-from tersor.graph.layers import graph_layers
+from tersor.graph.layers import GraphLayer, graph_layers
 from tersor.graph.marking import activations_to_quantize
-from tersor.graph.qdq import as_matrix, as_weight
+from tersor.graph.qdq import WeightCodes, as_matrix, as_weight
 from tersor.tensors.affine import SMALLEST_SCALE
+from tersor.tensors.grids import Grid
 
 FloatArray = npt.NDArray[np.float32]
 FOLDING_ERROR = 1e-5  # relative; folding rounds a product of float32 a few times
@@ -131,3 +132,23 @@ def _rescaled(name: str, rows: FloatArray, learned: LearnedLayer) -> LearnedLaye
             f"{error[row]:.3g}); the module was changed after `strip`"
         )
     return result
+
+
+def weight_codes(
+    layer: GraphLayer, learned: LearnedGraph, smallest: npt.ArrayLike = 0.0
+) -> WeightCodes:
+    """The learned codes of a layer for a coded graph. A row whose scale is under `smallest`, () or (O,), gets
+    that scale and the nearest codes to it, so that its bias fits int32; such a row is tiny beside its bias."""
+    held = learned.layers[layer.name]
+    scale = np.maximum(held.scale, smallest).astype(np.float32)
+    shrunk = held.codes * (held.scale.astype(np.float64) / scale)[:, None]
+    codes = np.where((scale > held.scale)[:, None], np.rint(shrunk), held.codes).astype(np.int8)
+    levels = np.unique(codes)
+    if levels.size < 2:  # a grid has two at least
+        levels = np.unique(np.append(levels, 0 if levels[0] else 1)).astype(np.int8)
+    bits = max(held.bits.bits, int(levels.size - 1).bit_length())
+    zero_point = np.zeros_like(scale)[:, None]
+    grid = Grid(levels.astype(np.float32), scale[:, None], zero_point, codes.shape[1], bits)
+    (weight,) = [i for i in learned.graph.graph.initializer if i.name == layer.weight]
+    indexes = np.searchsorted(levels, codes).astype(np.uint8)
+    return WeightCodes(layer, grid, indexes, tuple(weight.dims))

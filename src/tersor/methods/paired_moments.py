@@ -74,11 +74,12 @@ def walk_pairs(
     layers: Mapping[str, nn.Module],
     change: Callable[[str, MomentSums], None],
     precision: str,
-    positions: int,
+    positions: int | Callable[[str], int],
     seed: int,
 ) -> None:
     """Walk both networks through all inputs; when all have come to a layer of `layers` (the student's), call
-    `change` with the moments of its inputs there and of the teacher's outputs."""
+    `change` with the moments of its inputs there and of the teacher's outputs, over `positions` of each image
+    (or so many for each layer)."""
     bf16 = usable_precision(precision, inputs[0].device) == "bf16"
     of_teacher = {name: layer for name, layer in weight_layers(teacher) if name in layers}
     generator = torch.Generator().manual_seed(seed)
@@ -99,10 +100,11 @@ def walk_pairs(
                 name = waiting[0][1].name
                 moving = [pair for pair in waiting if pair[1].name == name]
                 sums = MomentSums(name, layers[name])
+                drawn = positions(name) if callable(positions) else positions
                 for theirs, ours in moving:
                     while theirs.name != name and not theirs.ended:
                         theirs.advance()
-                    sums.see(name, ours.value, theirs.value, positions, generator)
+                    sums.see(name, ours.value, theirs.value, drawn, generator)
                 change(name, sums)
                 finished.add(name)
     finally:

@@ -23,16 +23,22 @@ KL_BOUND = 0.05  # nats
 
 
 def group_harms(
-    module: nn.Module, groups: Sequence[Group], found: Coupling, pick: Pick, trials: Trials
+    module: nn.Module,
+    groups: Sequence[Group],
+    found: Coupling,
+    pick: Pick,
+    trials: Trials,
+    shares: Sequence[float] = SHARES,
 ) -> dict[str, tuple[list[int], list[float]]]:
     """For each group the numbers of units removed in the trials, rising from 0, and the harm of each (nats), rising.
 
-    One group alone loses its lowest units in a trial; a harm below that of fewer units is raised to it.
+    `shares` are those removed in a trial. One group alone loses its lowest units in a trial; a harm below that of
+    fewer units is raised to it.
     """
     table = {}
     for group in groups:
         counts, harms = [0], [0.0]
-        for share in SHARES:
+        for share in shares:
             gone = pick(group, round(share * group.num_units))
             if len(gone) == counts[-1]:
                 continue

@@ -70,7 +70,7 @@ def plan(
     """
     if spec.structure == "block":
         _refuse_unused(spec)
-        _require_finite(module)
+        require_finite(module)
         shape = image_shape(example, "prune.structure='block'")
         images = calibration_images(inputs, shape, NUM_IMAGES, "prune.structure='block'")
         return plan_blocks(module, spec, example, images)
@@ -97,8 +97,8 @@ def chosen_units(
     `module`.
     """
     _refuse_unused(spec)
-    _require_finite(module)
-    groups = _candidates(module, spec, found)
+    require_finite(module)
+    groups = candidates(module, spec, found)
     needs, images = UNIT_CRITERIA[spec.criterion].needs, None
     if needs or spec.scope == "auto":
         reader = "prune.scope='auto'" if spec.scope == "auto" else f"criterion {spec.criterion!r}"
@@ -107,7 +107,7 @@ def chosen_units(
     if needs and images is not None:
         given = first_labels(labels, len(images))
         statistics = unit_statistics(module, images, given, gradients=needs == "effects", seed=seed)
-    ranked = _Ranked(spec, groups, scores_of(module, groups, spec, statistics, seed))
+    ranked = Ranked(spec, groups, scores_of(module, groups, spec, statistics, seed))
     if spec.scope == "auto":
         assert images is not None
         trials = Trials(module, images)
@@ -157,7 +157,7 @@ def _refuse_unused(spec: Prune) -> None:
         )
 
 
-def _require_finite(module: nn.Module) -> None:
+def require_finite(module: nn.Module) -> None:
     """A NaN would rank anywhere."""
     bad = [
         name
@@ -175,7 +175,7 @@ def _skipped(module: nn.Module, spec: Prune) -> set[str]:
     return excluded_layers([name for name, _ in weight_layers(module)], spec.exclude)
 
 
-def _candidates(module: nn.Module, spec: Prune, found: Coupling) -> list[Group]:
+def candidates(module: nn.Module, spec: Prune, found: Coupling) -> list[Group]:
     """The groups that may lose units."""
     skipped, tensors = _skipped(module, spec), dict(module.named_parameters())
     groups = []
@@ -249,7 +249,7 @@ def _values(
     return UnitValues(group.num_units, outputs, inputs, scales, norms, effects)
 
 
-class _Ranked:
+class Ranked:
     """Units of every group from the lowest saliency up, within what the request leaves of each."""
 
     def __init__(
@@ -287,7 +287,7 @@ class _Ranked:
         return kept
 
 
-def _within_macs(found: Coupling, macs: float, ranked: _Ranked) -> Units:
+def _within_macs(found: Coupling, macs: float, ranked: Ranked) -> Units:
     """The smallest share of units whose removal leaves at most the share `macs` of the multiplications."""
     _require_reachable(found, macs, ranked)
     limit = macs * found.whole_macs
@@ -301,12 +301,12 @@ def _within_macs(found: Coupling, macs: float, ranked: _Ranked) -> Units:
 def require_reachable(module: nn.Module, spec: Prune, found: Coupling) -> None:
     """Raise BudgetError where spec.macs is below what the floors allow, whatever is chosen."""
     if spec.macs > 0:
-        groups = _candidates(module, spec, found)
+        groups = candidates(module, spec, found)
         none = {group.name: np.zeros(group.num_units) for group in groups}
-        _require_reachable(found, spec.macs, _Ranked(spec, groups, none))
+        _require_reachable(found, spec.macs, Ranked(spec, groups, none))
 
 
-def _require_reachable(found: Coupling, macs: float, ranked: _Ranked) -> None:
+def _require_reachable(found: Coupling, macs: float, ranked: Ranked) -> None:
     whole, least = found.whole_macs, found.macs(ranked.at(1.0))
     if least > macs * whole:
         raise BudgetError(
@@ -319,7 +319,7 @@ def _automatic(
     module: nn.Module,
     spec: Prune,
     found: Coupling,
-    ranked: _Ranked,
+    ranked: Ranked,
     trials: Trials,
     judging: Trials,
 ) -> Units:

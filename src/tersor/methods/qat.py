@@ -91,7 +91,7 @@ def train_quantized(
     # Before the weights get steps: the folded layer's codes are those of every copy.
     folded, _ = fold_copies_(prepared, torch.zeros(2, *splits.input_shape))
     graph = export_onnx(prepared, splits.input_shape)
-    layers = _trainable(prepared, graph, exclude)
+    layers = trainable_layers(prepared, graph, exclude)
     every = [layer.name for layer in graph_layers(graph)]
     edges = {every[0]: edge_bits, every[-1]: edge_bits}
     decisions = _decisions(layers, weight_bits, activation_bits, edges, code)
@@ -105,7 +105,7 @@ def train_quantized(
         levels=2**activation_bits,
     )
     prepare_(prepared, decisions, sources, ranges, symmetric_inputs=symmetric_inputs)
-    _set_dropout_(prepared)
+    set_dropout_(prepared)
     trained = finetune(
         prepared,
         splits,
@@ -128,11 +128,11 @@ def train_quantized(
     trained = dc.replace(trained, module=settled)
     plain, learned = strip(settled)
     _unfold_(plain, learned, folded)
-    _set_dropout_(plain, module)
+    set_dropout_(plain, module)
     return QatResult(plain, learned, trained)
 
 
-def _trainable(
+def trainable_layers(
     module: nn.Module, graph: onnx.ModelProto, exclude: Sequence[str]
 ) -> list[GraphLayer]:
     """The graph's layers, in the order of computing, that are layers of `module` and may be quantized."""
@@ -271,7 +271,7 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
     return layer
 
 
-def _set_dropout_(module: nn.Module, like: nn.Module | None = None) -> None:
+def set_dropout_(module: nn.Module, like: nn.Module | None = None) -> None:
     """The shares that dropout drops: none, or as in the module `like`."""
     for name, part in module.named_modules():
         if isinstance(part, _DropoutNd):

@@ -18,15 +18,14 @@ from tersor.errors import SpecError
 from tersor.graph.fold import fold_copies_
 from tersor.graph.layers import GraphLayer, graph_layers
 from tersor.graph.marking import activations_to_quantize
-from tersor.graph.qdq import Affine, WeightCodes, smallest_weight_scale, static_graph
+from tersor.graph.qdq import Affine, smallest_weight_scale, static_graph
 from tersor.methods.calibrate import observe_ranges
 from tersor.methods.finetune import Progress
-from tersor.methods.learned import LearnedGraph, LearnedLayer, export_quantized
+from tersor.methods.learned import LearnedGraph, export_quantized, weight_codes
 from tersor.methods.qat import train_quantized
 from tersor.methods.quantize import Quantized, coverage_of
 from tersor.specs import Finetune, LayerPlan, Plan, Quantize
 from tersor.tensors.affine import choose_affine
-from tersor.tensors.grids import Grid
 
 Array = npt.NDArray[Any]
 CALIBRATION_BATCH = 64
@@ -99,7 +98,7 @@ def _integer_graph(learned: LearnedGraph, splits: Splits, spec: Quantize) -> Qua
     for layer in chosen:
         inputs = [activations.root[graph.graph.node[index].input[0]] for index in layer.nodes]
         smallest = smallest_weight_scale(graph, layer, [codes[root][0] for root in inputs])
-        weights.append(_weight_codes(layer, learned, smallest))
+        weights.append(weight_codes(layer, learned, smallest))
     decided = tuple(_decision(layer, learned) for layer in layers)
     return Quantized(
         static_graph(graph, weights, activations, codes, spec.activation_bits),
@@ -108,29 +107,6 @@ def _integer_graph(learned: LearnedGraph, splits: Splits, spec: Quantize) -> Qua
         ranges,
         seen,
     )
-
-
-def _weight_codes(layer: GraphLayer, learned: LearnedGraph, smallest: Array) -> WeightCodes:
-    """The learned codes of a layer. A row whose scale is under `smallest` gets that scale and the
-    nearest codes to it, so that its bias fits int32; such a row is tiny beside its bias."""
-    held: LearnedLayer = learned.layers[layer.name]
-    scale = np.maximum(held.scale, smallest).astype(np.float32)
-    shrunk = held.codes * (held.scale.astype(np.float64) / scale)[:, None]
-    codes = np.where((scale > held.scale)[:, None], np.rint(shrunk), held.codes).astype(np.int8)
-    levels = np.unique(codes)
-    if levels.size < 2:
-        levels = np.array([0, 1], np.int8)
-    bits = max(held.bits.bits, int(levels.size - 1).bit_length())
-    grid = Grid(
-        levels.astype(np.float32),
-        scale[:, None],
-        np.zeros_like(scale)[:, None],
-        codes.shape[1],
-        bits,
-    )
-    (weight,) = [i for i in learned.graph.graph.initializer if i.name == layer.weight]
-    indexes = np.searchsorted(levels, codes).astype(np.uint8)
-    return WeightCodes(layer, grid, indexes, tuple(weight.dims))
 
 
 def _decision(layer: GraphLayer, learned: LearnedGraph) -> LayerPlan:

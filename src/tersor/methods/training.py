@@ -8,7 +8,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -61,6 +61,22 @@ class _State:
     history: list[dict[str, float]] = dc.field(default_factory=list)
 
 
+class Control(Protocol):
+    """Something that watches a network while it is trained, and whose state belongs to the training's."""
+
+    def begin(self, step: int, num_steps: int) -> None:
+        """Be told that `step` (from 0) of `num_steps` begins."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of a module."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> object:
+        """As of a module."""
+        ...
+
+
 class Loop:
     """One training: modules, optimizer, position."""
 
@@ -72,8 +88,10 @@ class Loop:
         masks: Masks,
         teacher: nn.Module | None,
         device: torch.device,
+        control: Callable[[nn.Module], Control] | None = None,
     ) -> None:
         self.student, self.spec, self.device = student, spec, device
+        self.control = None if control is None else control(student)
         self.batches = Batches(splits, spec, device)
         self.num_steps = max(1, round(spec.epochs * self.batches.steps_per_epoch))
         self.precision = usable_precision(spec.precision, device)
@@ -236,6 +254,8 @@ class Loop:
 
     def step(self, step: int) -> torch.Tensor:
         """One step of the optimizer; returns the loss before it, ()."""
+        if self.control is not None:
+            self.control.begin(step, self.num_steps)
         rate = self.state.rate_scale * learning_rate(self.spec, step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -308,7 +328,7 @@ class Loop:
             for name, skeleton in zip(self.skeletons.names, held, strict=True)
         }
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+    def _modules(self) -> Iterator[tuple[str, nn.Module | Control]]:
         """All that has a state, besides the optimizer."""
         for name in (
             "student",
@@ -317,6 +337,7 @@ class Loop:
             "skeletons",
             "averaged_skeletons",
             "largest",
+            "control",
         ):
             module = getattr(self, name)
             if module is not None:

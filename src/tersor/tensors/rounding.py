@@ -173,7 +173,7 @@ def _sweep(weight: FloatArray, grid: Grid, hessian: Array) -> Codes:
     the paper works with, these are its codes, without an inverse.
     """
     order = np.argsort(-np.diag(hessian), kind="stable")
-    root = _upper_root(hessian, order)
+    root = upper_root(hessian, order)
     if root is None:
         return nearest(weight, grid)
     num_columns, num_rows = len(order), len(weight)
@@ -198,7 +198,7 @@ def _sweep(weight: FloatArray, grid: Grid, hessian: Array) -> Codes:
     return codes
 
 
-def _upper_root(hessian: Array, order: npt.NDArray[np.intp]) -> torch.Tensor | None:
+def upper_root(hessian: Array, order: npt.NDArray[np.intp]) -> torch.Tensor | None:
     """Upper triangular float64 R (K, K) with R R^T = H in `order`, damped. None where H is zero."""
     damped = torch.from_numpy(hessian[np.ix_(order, order)].astype(np.float64))
     diagonal = damped.diagonal()

@@ -1,0 +1,162 @@
+"""Smaller networks of one family: for any share of the costs the channels that are missed least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from tersor.errors import ModelError
+from tersor.graph.coupling import coupled_groups
+from tersor.graph.groups import Coupling, Removed
+from tersor.graph.labels import named_tensors
+from tersor.graph.surgery import lines_of, removed
+from tersor.methods.prune_auto import Units, allocated, group_harms
+from tersor.methods.prune_structured import (
+    Ranked,
+    candidates,
+    plan_of_units,
+    require_finite,
+    scores_of,
+)
+from tersor.methods.prune_trials import Trials
+from tersor.methods.unit_statistics import unit_statistics
+from tersor.specs import Plan, Prune
+from tersor.tensors.unit_criteria import UNIT_CRITERIA
+
+FloatArray = npt.NDArray[np.float32]
+TRIED = (0.25, 0.5, 0.75)  # shares of a group removed in its trials
+WIDEST_MULTIPLE = 16  # channels that integer kernels take at a time
+CountedCost = Callable[[Removed], int]
+
+
+class ChannelFamily:
+    """The channels of a network, ranked and priced once, and what is left of it at any share of the cost.
+
+    `module` is asked on `images` (N, C, H, W) float32, unlabelled; `example` is a small input. `cost_of` makes of
+    the coupling a function from removed units to a cost (whole numbers, less for more removed); by default the
+    multiplications of one run. Raises as `prune_structured.plan`; ModelError where nothing can be removed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        images: FloatArray,
+        example: Any,
+        *,
+        cost_of: Callable[[Coupling], CountedCost] | None = None,
+        criterion: str = "fisher",
+        tried: Sequence[float] = TRIED,
+        on_progress: Callable[[float], None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        require_finite(module)
+        self.module = module
+        self.found = coupled_groups(module, example)
+        multiple = _multiple(self.found)
+        self.spec = Prune(
+            structure="channel",
+            scope="auto",
+            sparsity=0.0,
+            criterion=criterion,
+            reconstruct=True,
+            multiple_of=multiple,
+        )
+        groups = candidates(module, self.spec, self.found)
+        statistics = None
+        if needs := UNIT_CRITERIA[criterion].needs:
+            statistics = unit_statistics(
+                module, images, None, gradients=needs == "effects", seed=seed
+            )
+        self._told(on_progress, 0.2)
+        self.ranked = Ranked(
+            self.spec, groups, scores_of(module, groups, self.spec, statistics, seed)
+        )
+        self.trials = Trials(module, images)
+        self.harms: dict[str, tuple[list[int], list[float]]] = {}
+        for number, group in enumerate(groups, 1):
+            self.harms |= group_harms(
+                module, [group], self.found, self.ranked.lowest, self.trials, tried
+            )
+            self._told(on_progress, 0.2 + 0.8 * number / len(groups))
+        self.cost = self.found.macs if cost_of is None else cost_of(self.found)
+        self.whole = self.cost({})
+
+    @staticmethod
+    def _told(on_progress: Callable[[float], None] | None, share: float) -> None:
+        if on_progress:
+            on_progress(share)
+
+    @property
+    def least_share(self) -> float:
+        """The share of the cost that is left when all that may go is removed."""
+        return self.cost(self.ranked.at(1.0)) / self.whole
+
+    def units(self, share: float) -> Units:
+        """The units of each group that go so that at most `share` of the cost (0 to 1) is left, with the least sum
+        of measured harms. Raises ModelError where that is too little to be left."""
+        if share >= 1:
+            return {group.name: np.zeros(0, np.int64) for group in self.ranked.groups}
+        limit = share * self.whole
+        if self.cost(self.ranked.at(1.0)) > limit:
+            raise ModelError(
+                f"no removal leaves {share:.4f} of the cost; at least {self.least_share:.4f} stays"
+            )
+        start = self._equal(limit)
+        return allocated(
+            self.ranked.groups, self.harms, self.ranked.lowest, self.cost, limit, start
+        )
+
+    def _equal(self, limit: float) -> Units:
+        """The smallest share of units, the same of every group, that keeps the limit."""
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (
+                (low, middle) if self.cost(self.ranked.at(middle)) <= limit else (middle, high)
+            )
+        return self.ranked.at(high)
+
+    def harm(self, units: Units) -> float:
+        """The KL divergence (nats) of the network without `units` from the original, batch norms on the images' own
+        statistics, nothing fitted."""
+        if not any(len(held) for held in units.values()):
+            return 0.0
+        return self.trials.harm_(
+            removed(self.module, lines_of(self.module, self.found.kept(units)))
+        )
+
+    def macs(self, units: Units) -> int:
+        """Multiplications of one run on the example."""
+        return self.found.macs(units)
+
+    def sizes(self, units: Units) -> dict[str, int]:
+        """Elements of each parameter that are left."""
+        kept: Mapping[tuple[str, int], Any] = self.found.kept(units)
+        return {
+            name: int(
+                np.prod(
+                    [
+                        len(kept.get((name, axis), range(size)))
+                        for axis, size in enumerate(tensor.shape)
+                    ]
+                )
+            )
+            for name, tensor in named_tensors(self.module)
+        }
+
+    def plan(self, units: Units) -> Plan:
+        """The removal as a plan, for `prune_structured.apply`."""
+        return plan_of_units(self.module, self.spec, self.found, units)
+
+
+def _multiple(found: Coupling) -> int:
+    """Widths are kept to multiples that integer kernels take at a time, and to a quarter of the narrowest group."""
+    narrowest = min((group.num_units for group in found.groups), default=1)
+    multiple = WIDEST_MULTIPLE
+    while multiple > 1 and multiple * 4 > narrowest:
+        multiple //= 2
+    return multiple

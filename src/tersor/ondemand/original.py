@@ -1,0 +1,204 @@
+"""What the original costs and answers: all that a compressed model is compared with."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses as dc
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import nn
+
+from tersor.bench.drop import Drop
+from tersor.bench.energy import counted_energy_mj
+from tersor.bench.timing import time_apart
+from tersor.data import load_data
+from tersor.data.arrays import Splits
+from tersor.data.unlabelled import from_batches, unlabelled
+from tersor.engines import open_session
+from tersor.engines.load import available_cpus, logits_of
+from tersor.errors import DataError, SpecError
+from tersor.graph.fold import fold_copies_
+from tersor.graph.layers import graph_layers
+from tersor.methods.prune_structured import require_finite
+from tersor.methods.synthesize import synthetic_inputs
+from tersor.models import load_model
+from tersor.ondemand.effort import Effort, Watch
+from tersor.pipeline import deployment_graph
+from tersor.specs import Budget
+
+FloatArray = npt.NDArray[np.float32]
+EAGER, FLOAT = "PyTorch eager float32", "ONNX Runtime float32"
+# Without data: more are dear to make, and say little more.
+SYNTHETIC = 128
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Original:
+    """The network as it was given, and what was measured of it.
+
+    `module` is in eval mode, with exact folds made where `folded`. `inputs` (N, C, H, W) float32 calibrate; `held`,
+    other ones, judge, with `labels` where these are used, and `logits` are the original's on them. `costs` holds
+    size_bytes (its weights and buffers in float32), latency_ms (PyTorch eager float32), macs and energy_mj;
+    `engine_ms` is the float graph's time on ONNX Runtime. `data` says in words what inputs these are; `notes` what
+    a reader must know.
+    """
+
+    module: nn.Module
+    splits: Splits
+    graph: onnx.ModelProto
+    inputs: FloatArray
+    held: FloatArray
+    labels: npt.NDArray[np.int64] | None
+    logits: FloatArray
+    costs: Mapping[str, float]
+    engine_ms: float
+    batch: int
+    threads: int
+    data: str
+    synthetic: bool
+    folded: tuple[str, ...]
+    notes: tuple[str, ...]
+    by_estimate: bool = False
+
+    def judged_pt(self, drop: Drop) -> float:
+        """What a budget's drop is held against: see Drop.judged_pt; `by_estimate` takes the estimate."""
+        return drop.estimate_pt if self.by_estimate else drop.judged_pt
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one input."""
+        return self.splits.input_shape
+
+
+def measured_original(
+    model: nn.Module | str,
+    data: Any,
+    budget: Budget,
+    effort: Effort,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    use_labels: bool = True,
+    seed: int = 0,
+    watch: Watch,
+) -> Original:
+    """Load, fold exactly, run and time the original. See `ondemand.compress` for `model` and `data`."""
+    module = _module(model, weights, num_classes, seed)
+    splits, synthetic = _splits(module, data, input_shape, seed, watch)
+    watch("the original: its graph, answers and time", 0.0)
+    require_finite(module)
+    folded = tuple(
+        fold.linear for fold in fold_copies_(module, torch.zeros(2, *splits.input_shape))[0]
+    )
+    graph = deployment_graph(module, splits.input_shape)
+    inputs = splits.normalise(splits.train.images[: effort.num_calibration])
+    held = splits.normalise(splits.validation.images[: effort.num_held])
+    labels = splits.validation.labels if use_labels else None
+    threads = budget.threads or available_cpus()
+    engine = open_session(graph, threads=threads)
+    logits = logits_of(engine, held)
+    if logits.ndim != 2 or not np.isfinite(logits).all():
+        raise DataError(
+            f"the network gives outputs of shape {logits.shape}, or NaN or infinity, for the inputs of {splits.name}; "
+            "finite logits (N, classes) are compared here"
+        )
+    sessions = {EAGER: open_session(module, engine="torch", threads=threads), FLOAT: engine}
+    times = time_apart(sessions, splits.input_shape, budget.batch, seconds=effort.timing_seconds)
+    tensors = [*module.parameters(), *module.buffers()]
+    size = 4.0 * sum(t.numel() for t in tensors if t.is_floating_point())
+    macs = float(sum(layer.macs for layer in graph_layers(graph)))
+    costs = {
+        "size_bytes": size,
+        "latency_ms": times[EAGER].median_ms,
+        "macs": macs,
+        "energy_mj": counted_energy_mj(macs, size, integers=False, batch=budget.batch),
+    }
+    notes, words = _told(splits, labels, synthetic, len(held))
+    return Original(
+        module,
+        splits,
+        graph,
+        inputs,
+        held,
+        None if labels is None else labels[: len(held)],
+        logits,
+        costs,
+        times[FLOAT].median_ms,
+        budget.batch,
+        threads,
+        words,
+        synthetic,
+        folded,
+        notes,
+    )
+
+
+def _module(model: nn.Module | str, weights: Any, num_classes: int | None, seed: int) -> nn.Module:
+    if isinstance(model, nn.Module):
+        for name, value in (("weights", weights), ("num_classes", num_classes)):
+            if value is not None:
+                raise SpecError(f"{name} does not apply to a network that is given as a module")
+        return copy.deepcopy(model).cpu().float().eval()
+    if model.endswith(".tersor"):
+        raise SpecError(
+            f"{model} is a deployed file; compressing needs the network itself: name it and its --weights"
+        )
+    return load_model(model, weights=weights, num_classes=num_classes, seed=seed)
+
+
+def _splits(
+    module: nn.Module,
+    data: Any,
+    input_shape: tuple[int, int, int] | None,
+    seed: int,
+    watch: Watch,
+) -> tuple[Splits, bool]:
+    """The data in its uses, and whether it was made from the network."""
+    if data is None:
+        if input_shape is None:
+            raise SpecError(
+                "without data the size of an input must be given: --input-shape 3 32 32 (channels height width)"
+            )
+        made = synthetic_inputs(
+            module,
+            input_shape,
+            SYNTHETIC,
+            seed=seed,
+            on_progress=lambda share: watch("making inputs from batch norms", share),
+        )
+        return unlabelled("synthetic inputs", made, seed=seed), True
+    if isinstance(data, Splits):
+        return data, False
+    if isinstance(data, str):
+        return load_data(data, seed=seed), False
+    if isinstance(data, np.ndarray | torch.Tensor):
+        return unlabelled("the given inputs", np.asarray(data), seed=seed), False
+    if isinstance(data, Iterable):
+        return from_batches("the given inputs", data, seed=seed), False
+    raise SpecError(
+        f"data is {type(data).__name__}; expected a name, a Splits, an array of inputs, batches of them, or None"
+    )
+
+
+def _told(
+    splits: Splits, labels: Any, synthetic: bool, num_held: int
+) -> tuple[tuple[str, ...], str]:
+    """What must be known of the judgement, and the inputs in words."""
+    if synthetic:
+        return (
+            "no data: inputs were made from batch-norm statistics. What they say of a drop is a guess, usually too "
+            "low for real inputs; evaluate the file on real ones before use, or give some unlabelled inputs",
+        ), "synthetic inputs from batch norms"
+    if labels is None:
+        return (
+            f"no labels: the drop is judged by the original's own answers on {num_held} held-out inputs of "
+            f"{splits.name}",
+        ), f"{num_held} held-out inputs of {splits.name}, no labels"
+    return (), f"{num_held} held-out inputs of {splits.name} with their labels (validation part)"

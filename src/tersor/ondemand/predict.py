@@ -1,0 +1,204 @@
+"""What a candidate would cost, before it is built: forms for the search, and their correction by what was measured.
+
+Harms are KL divergences and add: channels gone, bits of each layer, activations in 8 bits. Bytes are those of the
+coder on samples of the real codes, times the weights left. Time is the measured whole with the layers' share of it
+as the table of single layers says. Each kind has one factor, 1 at first, which the last candidate that was built
+sets to measured / predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tersor.bench.drop import measured_drop
+from tersor.bench.energy import counted_energy_mj
+from tersor.methods.bit_options import BitOptions
+from tersor.methods.prune_auto import Units
+from tersor.methods.prune_family import ChannelFamily
+from tersor.ondemand.candidate import Measured
+from tersor.ondemand.original import Original
+from tersor.search.tradeoff import Form, Point
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.16, 0.13, 0.1)
+NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of the logits
+# Of the harm that channels alone make, what is left after the fit by least squares, and after a
+# training; corrected by the first candidate.
+FITTED, TRAINED = 0.4, 0.15
+STATIC, FLOAT = "static", "weight_only"  # modes: integers, or codes that are computed with in float
+FLOAT_MAY_WIN = 1.5  # times the integers' latency
+FIXED = 0.15  # of a float network's time that channels have no part in
+MARGIN = 0.98  # of a limit is aimed at: the last measurement differs from the prediction
+
+
+@dc.dataclass
+class Factors:
+    """Measured over predicted."""
+
+    channels: float
+    bits: float = 1.0
+    latency: dict[str, float] = dc.field(default_factory=lambda: {STATIC: 1.0, FLOAT: 1.0})
+    size: float = 1.0
+    drop: float = 1.0
+
+
+class Predictor:
+    """Forms of one network: (share of the channels' cost, mode); `first` is the whole network at 8 bits, measured.
+
+    `family` is None for a network without channels to remove: there is one form then.
+    """
+
+    def __init__(
+        self,
+        original: Original,
+        family: ChannelFamily | None,
+        bits: Mapping[str, BitOptions],
+        first: Measured,
+        *,
+        trains: bool = False,
+    ) -> None:
+        self.original, self.family, self.bits, self.first = original, family, bits, first
+        self.factors = Factors(TRAINED if trains else FITTED)
+        whole = sum(b.harm_kl[max(b.harm_kl)] for b in bits.values())
+        self.activations = max(first.drop.harm_kl - whole, 0.0)
+        told = sum(
+            option.cost
+            for b in bits.values()
+            for option in b.options(b.num_weights)
+            if option.choice == max(b.harm_kl)
+        )
+        self.beside = max(first.costs["size_bytes"] - told, 0.0)  # what no layer's codes take
+        self._units: dict[float, tuple[Units, float]] = {}
+        self._drops = _drops(original)
+
+    def shares(self) -> list[float]:
+        """The shares of the channels' cost that can be had, from all down."""
+        least = 1.0 if self.family is None else self.family.least_share
+        return [share for share in SHARES if share == 1 or share > least]
+
+    def units(self, share: float) -> tuple[Units, float]:
+        """What goes at that share, and the harm of it without any recovery."""
+        if self.family is None or share >= 1:
+            return {}, 0.0
+        if share not in self._units:
+            units = self.family.units(share)
+            self._units[share] = units, self.family.harm(units)
+        return self._units[share]
+
+    def modes(self) -> list[str]:
+        """Integers; and codes computed with in float where these may be as fast, or integers cost much."""
+        fast = self.original.engine_ms < FLOAT_MAY_WIN * self.first.costs["latency_ms"]
+        return [STATIC, FLOAT] if fast or self.first.drop.estimate_pt > 1 else [STATIC]
+
+    def forms(self) -> list[Form]:
+        """One form for each share and mode."""
+        return [self.form(share, mode) for mode in self.modes() for share in self.shares()]
+
+    def form(self, share: float, mode: str = STATIC) -> Form:
+        """The network with `share` of its channels' cost, and the options of its layers."""
+        units, harm = self.units(share)
+        factors, left, macs = self.factors, {}, 1.0
+        latency = self.first.costs["latency_ms"] if mode == STATIC else self.original.engine_ms
+        if self.family is not None and units:
+            macs = self.family.macs(units) / self.family.macs({})
+            left = self.family.sizes(units)
+            if mode == STATIC:
+                inside = min(1e-6 * self.family.whole, 0.95 * latency)
+                latency += inside * (self.family.cost(units) / self.family.whole - 1)
+            else:
+                latency *= FIXED + (1 - FIXED) * macs
+        options = {
+            name: [
+                dc.replace(option, cost=option.cost * factors.size)
+                for option in b.options(
+                    left.get(f"{name}.weight", b.num_weights), harm_factor=factors.bits
+                )
+            ]
+            for name, b in self.bits.items()
+        }
+        weights = sum(left.get(f"{n}.weight", b.num_weights) for n, b in self.bits.items())
+        integers = mode == STATIC
+        costs = {
+            "latency_ms": latency * factors.latency[mode],
+            "macs": macs * self.original.costs["macs"],
+        }
+        costs["energy_mj"] = counted_energy_mj(
+            costs["macs"],
+            weights * (1 if integers else 4),
+            integers=integers,
+            batch=self.original.batch,
+        )
+        activations = self.activations if integers else 0.0
+        return Form(
+            (share, mode), costs, self.beside, activations + harm * factors.channels, options
+        )
+
+    def limits(self, asked: Mapping[str, float]) -> dict[str, float]:
+        """The limits of a budget in the search's axes: points of accuracy become harm."""
+        found = {axis: MARGIN * value for axis, value in asked.items() if axis != "drop_pt"}
+        if "drop_pt" in asked:
+            found["harm"] = self.harm_of(asked["drop_pt"])
+        return found
+
+    def harm_of(self, drop_pt: float) -> float:
+        """The KL divergence at which the original would be judged to lose `drop_pt`."""
+        harms, drops = self._drops
+        return float(np.interp(MARGIN * drop_pt / self.factors.drop, drops, harms, left=0.0))
+
+    def drop_of(self, harm: float) -> float:
+        """The inverse of `harm_of`, in points."""
+        harms, drops = self._drops
+        return float(np.interp(harm, harms, drops)) * self.factors.drop
+
+    def correct(self, point: Point, found: Measured, network_harm: float) -> None:
+        """Learn from a candidate: `network_harm` is the KL divergence of its network before it got its bits."""
+        (share, mode), factors = point.form.choice, self.factors
+        _, raw = self.units(share)
+        if raw > 0:
+            factors.channels = float(np.clip(network_harm / raw, 0.005, 3.0))
+        bits = point.harm - point.form.harm
+        rest = found.drop.harm_kl - network_harm - self.activations * (mode == STATIC)
+        if bits > 0 and rest > 0.1 * found.drop.harm_kl:
+            factors.bits *= float(np.clip(rest / bits, 0.1, 5.0))
+        if share < 1 or mode == FLOAT:
+            ratio = found.costs["latency_ms"] / point.costs["latency_ms"]
+            factors.latency[mode] *= float(np.clip(ratio, 0.5, 2.0))
+        codes = point.costs["size_bytes"] - self.beside
+        if codes > 0:
+            real = found.costs["size_bytes"] - self.beside
+            factors.size *= float(np.clip(real / codes, 0.5, 2.0))
+        factors.drop = 1.0
+        expected = self.drop_of(found.drop.harm_kl)
+        if expected > 0:
+            factors.drop = float(np.clip(self.original.judged_pt(found.drop) / expected, 0.4, 2.5))
+
+    def described(self, point: Point) -> dict[str, Any]:
+        """A point of the search as a JSON-ready dict; nothing of it is measured."""
+        return {
+            "channels_share": point.form.choice[0],
+            "mode": point.form.choice[1],
+            "bits": {layer: option.choice for layer, option in point.choices.items()},
+            **{axis: value for axis, value in point.costs.items() if axis != "harm"},
+            "harm_kl": point.harm,
+            "drop_pt": self.drop_of(point.harm),
+        }
+
+
+def _drops(original: Original) -> tuple[list[float], list[float]]:
+    """Harms (nats) and the drops (points) that the original's own logits with noise on them make: both rise.
+
+    What a change of a network does to its answers is taken to be like noise; the correction sets it right.
+    """
+    rng, logits = np.random.default_rng(0), original.logits
+    size = float(logits.std())
+    direction = rng.standard_normal(logits.shape).astype(np.float32) * size
+    harms, drops = [0.0], [0.0]
+    for noise in NOISES:
+        found = measured_drop(logits, logits + noise * direction)
+        if found.harm_kl > harms[-1] and original.judged_pt(found) > drops[-1]:
+            harms.append(found.harm_kl)
+            drops.append(original.judged_pt(found))
+    return harms, drops

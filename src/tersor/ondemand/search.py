@@ -1,0 +1,283 @@
+"""The search: predict, choose, build, measure, correct, again; then the best of what was measured."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tersor.errors import BudgetError, ModelError
+from tersor.methods.bit_options import BitOptions, bit_options
+from tersor.methods.prune_family import ChannelFamily
+from tersor.methods.restore import unheld
+from tersor.ondemand.build import Network, example_of, network, rounded
+from tersor.ondemand.candidate import Measured, measured
+from tersor.ondemand.effort import Clock, Effort, Watch
+from tersor.ondemand.latency import LatencyTable, time_cost
+from tersor.ondemand.original import Original
+from tersor.ondemand.predict import STATIC, Predictor
+from tersor.search.tradeoff import GOALS, Point, best, nearest, nondominated, pareto, points
+
+FAMILY_IMAGES = 128  # on which channels are tried
+FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop is given
+FRONT = 16  # points of the front that are told
+ENGINES_AT_ONE = ("onnxruntime", "openvino")  # at larger batches all that are here are tried
+SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
+TRAINED_SHARE = 0.7  # of the time left goes into one training
+AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
+Record = Callable[[dict[str, Any]], None]
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found.
+
+    `answer` is the model to take: within the budget where `met`, else the nearest to it, and `axis` is the bound
+    that is passed most and `layer` the layer that stands in its way. `measured` are all models that were built.
+    `front` holds what could be had instead, measured or predicted.
+    """
+
+    answer: Measured
+    met: bool
+    limits: Mapping[str, float]
+    measured: tuple[Measured, ...]
+    front: tuple[dict[str, Any], ...]
+    axis: str = ""
+    layer: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Facts:
+    """What was measured before the search: the whole network at 8 bits, its channels and its layers."""
+
+    first: Measured
+    family: ChannelFamily | None
+    bits: Mapping[str, BitOptions]
+    whole: Network
+    notes: tuple[str, ...]
+
+
+def facts(
+    original: Original, effort: Effort, directory: pathlib.Path, *, seed: int = 0, watch: Watch
+) -> Facts:
+    """Measure what the search rests on; the file of the whole network at 8 bits is `directory`/candidate_0.tersor.
+
+    Raises ModelError where no engine here runs the quantized network rightly.
+    """
+    started = time.monotonic()
+    whole = Network(1.0, original.module, original.graph, None, 0.0)
+    graph, plan = rounded(original, whole, {}, watch)
+    watch("the whole network at 8 bits: file, engines, answers", 0.0)
+    first = measured(
+        original,
+        graph,
+        plan,
+        directory / "candidate_0.tersor",
+        {"channels_share": 1.0, "mode": STATIC, "bits": {}},
+        macs=original.costs["macs"],
+        state=unheld(original.module, original.graph),
+        engines=ENGINES_AT_ONE if original.batch == 1 else None,
+        seconds=effort.timing_seconds,
+    )
+    if first is None:
+        raise ModelError(
+            "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
+        )
+    first = dc.replace(first, seconds=time.monotonic() - started)
+    table = LatencyTable(original.batch, original.threads)
+    family, notes = None, []
+    try:
+        family = ChannelFamily(
+            original.module,
+            original.inputs[:FAMILY_IMAGES],
+            example_of(original),
+            cost_of=time_cost(original.module, original.input_shape, table),
+            on_progress=lambda share: watch("which channels are missed least", share),
+            seed=seed,
+        )
+    except ModelError as error:
+        notes.append(f"no channels are removed: {error}")
+    bits = bit_options(
+        original.graph,
+        original.inputs,
+        on_progress=lambda share: watch("how many bits each layer needs", share),
+        seed=seed,
+    )
+    return Facts(first, family, bits, whole, tuple(notes))
+
+
+class Search:
+    """Candidates of one original under one budget; `asked` are its limits in the units of the original's costs."""
+
+    def __init__(
+        self,
+        original: Original,
+        known: Facts,
+        asked: Mapping[str, float],
+        effort: Effort,
+        directory: pathlib.Path,
+        clock: Clock,
+        *,
+        relative_latency: bool = False,
+        seed: int = 0,
+        record: Record = lambda row: None,
+        watch: Watch,
+    ) -> None:
+        self.original, self.known, self.asked, self.effort = original, known, asked, effort
+        self.directory, self.clock, self.seed = directory, clock, seed
+        self.relative_latency = relative_latency
+        self.record, self.watch = record, watch
+        self.predictor = Predictor(
+            original, known.family, known.bits, known.first, trains=effort.trains
+        )
+        self.made: list[Measured] = []
+        self._networks: dict[float, Network] = {1.0: known.whole}
+        self._keep(known.first)
+
+    def point(self) -> tuple[Point, str]:
+        """What the search would build next, by prediction; and the axis that it passes, "" where none."""
+        predictor = self.predictor
+        limits = predictor.limits(self.asked)
+        forms = predictor.forms()
+        slack = predictor.harm_of(FREE_PT)
+        try:
+            return best(forms, limits, slack=slack), ""
+        except BudgetError:
+            return nearest(forms, limits)
+
+    def run(self) -> Found:
+        """Build candidates until they repeat, or the rounds or the time are used up; one is always built."""
+        tried: set[Any] = {((1.0, STATIC), (8,))}
+        last = self.known.first.seconds
+        for number in range(1, self.effort.rounds + 1):
+            point, _ = self.point()
+            bits = {layer: int(option.choice) for layer, option in point.choices.items()}
+            key = (point.form.choice, tuple(bits.values()))
+            if set(bits.values()) == {8}:
+                key = (point.form.choice, (8,))
+            if key in tried or (number > 1 and self.clock.left < AFTER_SHARE * last):
+                break
+            tried.add(key)
+            started = time.monotonic()
+            self._build(number, point, bits)
+            last = time.monotonic() - started
+        return self.found()
+
+    def found(self) -> Found:
+        """The best of what was measured, and the front around it."""
+        fitting = [each for each in self.made if self.excess(each)[0] <= 1]
+        point, axis = self.point()
+        front = tuple(self._front())
+        if fitting:
+            answer = self._chosen(fitting)
+            return Found(answer, True, self.asked, tuple(self.made), front, notes=self.known.notes)
+        answer = min(self.made, key=lambda each: self.excess(each)[0])
+        axis = self.excess(answer)[1]
+        layer = point.bound_layer or _dearest(point)
+        return Found(
+            answer, False, self.asked, tuple(self.made), front, axis, layer, self.known.notes
+        )
+
+    def excess(self, each: Measured) -> tuple[float, str]:
+        """The largest ratio of what was measured to its limit, and the axis; at most 1 where all is met."""
+        ratios = [(self._value(each, axis) / limit, axis) for axis, limit in self.asked.items()]
+        return max(ratios, default=(0.0, ""))
+
+    def _value(self, each: Measured, axis: str) -> float:
+        if axis == "drop_pt":
+            return max(self.original.judged_pt(each.drop), 0.0)
+        if axis == "latency_ms" and self.relative_latency:  # both in the same run
+            return self.original.costs["latency_ms"] / each.speedup
+        return each.costs[axis]
+
+    def _chosen(self, fitting: Sequence[Measured]) -> Measured:
+        """As `search.tradeoff.best`, on what was measured."""
+        goals = [axis for axis in GOALS if axis not in self.asked]
+        if "drop_pt" not in self.asked:
+            least = min(self._value(each, "drop_pt") for each in fitting)
+            fitting = [each for each in fitting if self._value(each, "drop_pt") <= least + FREE_PT]
+        if not goals:
+            return min(
+                fitting, key=lambda each: (self._value(each, "drop_pt"), each.costs["size_bytes"])
+            )
+        return min(fitting, key=lambda e: sum(math.log(e.costs[axis]) for axis in goals))
+
+    def _build(self, number: int, point: Point, bits: Mapping[str, int]) -> None:
+        started = time.monotonic()
+        share, mode = point.form.choice
+        made = self._network(share)
+        graph, plan = rounded(self.original, made, bits, self.watch, mode=mode)
+        self.watch(f"candidate {number}: file, engine, answers", 0.0)
+        found = measured(
+            self.original,
+            graph,
+            plan,
+            self.directory / f"candidate_{number}.tersor",
+            {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
+            macs=point.form.costs["macs"],
+            state=unheld(made.module, made.graph),
+            engines=self._engines() if mode == STATIC else ["onnxruntime"],
+            seconds=self.effort.timing_seconds,
+        )
+        if found is None:
+            return
+        found = dc.replace(found, seconds=time.monotonic() - started)
+        self.predictor.correct(point, found, made.harm_kl)
+        self._keep(found)
+
+    def _network(self, share: float) -> Network:
+        if share not in self._networks:
+            units, _ = self.predictor.units(share)
+            reserve = 3 * self.known.first.seconds
+            self._networks[share] = network(
+                self.original,
+                self.known.family,
+                share,
+                units,
+                self.effort,
+                train_seconds=TRAINED_SHARE * (self.clock.left - reserve),
+                seed=self.seed,
+                watch=self.watch,
+            )
+        return self._networks[share]
+
+    def _engines(self) -> list[str]:
+        times = self.known.first.engines_ms
+        limit = SLOWER * min(times.values())
+        return [engine for engine, ms in times.items() if ms <= limit]
+
+    def _keep(self, found: Measured) -> None:
+        self.made.append(found)
+        self.record({"step": f"candidate {len(self.made) - 1}", **found.row()})
+
+    def _front(self) -> list[dict[str, Any]]:
+        """Measured models that no other beats, and predicted points beyond, thinned to FRONT."""
+        real = [
+            {
+                **each.row()["choice"],
+                **each.costs,
+                "drop_pt": self._value(each, "drop_pt"),
+                "measured": True,
+                "file": each.path.name,
+            }
+            for each in self.made
+        ]
+        axes = ("size_bytes", "latency_ms", "harm")
+        found = pareto(points(self.predictor.forms()), axes)
+        step = max(1, len(found) // FRONT)
+        told = [{**self.predictor.described(p), "measured": False} for p in found[::step]]
+        rows = [
+            (r["size_bytes"], r["latency_ms"], round(max(r["drop_pt"], 0.0), 3))
+            for r in [*real, *told]
+        ]
+        kept = nondominated(rows)
+        return [[*real, *told][i] for i in sorted(kept, key=lambda i: rows[i])]
+
+
+def _dearest(point: Point) -> str:
+    """The layer that takes the most bytes."""
+    return max(point.choices, key=lambda layer: point.choices[layer].cost, default="")
