@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from tersor.errors import ModelError, SpecError
 from tersor.tensors.grids import Grid
-from tersor.tensors.rate_distortion import Factor, code_by_rate, factor, first_codes, refitted, sweep
+from tersor.tensors.rate_distortion import (
+    Factor,
+    code_by_rate,
+    factor,
+    first_codes,
+    refitted,
+    sweep,
+)
 from tersor.tensors.rates import LARGEST_CODE, Rates, fit_rates
 from tersor.tensors.rounding import DAMPING, ROUNDINGS
 
@@ -174,7 +181,9 @@ def test_the_fit_is_the_least_squares_solution(seed):
     target = np.random.default_rng(seed).standard_normal((4, 9)).astype(np.float32)
     found = factor(hessian).fitted(target @ hessian, weight)
     added = DAMPING * np.diag(hessian).mean() * np.eye(9)
-    expected = (target @ hessian + weight @ added) @ np.linalg.inv(hessian.astype(np.float64) + added)
+    expected = (target @ hessian + weight @ added) @ np.linalg.inv(
+        hessian.astype(np.float64) + added
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -184,7 +193,9 @@ def test_rates_tell_what_an_ideal_coder_would_take():
     chance = np.repeat(rng.choice([0.02, 0.5], 64), 180).reshape(64, 180)
     codes = (rng.random((64, 180)) < chance) * rng.choice([-1, 1], (64, 180))
     bits = fit_rates(codes.astype(np.int8), 9).bits(codes.astype(np.int8)).sum()
-    entropy = -(chance * np.log2(chance) + (1 - chance) * np.log2(1 - chance)).sum() + (codes != 0).sum()
+    entropy = (
+        -(chance * np.log2(chance) + (1 - chance) * np.log2(1 - chance)).sum() + (codes != 0).sum()
+    )
     share = (codes != 0).mean()
     single = codes.size * -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
     single += (codes != 0).sum()

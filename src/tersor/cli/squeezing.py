@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, training_watch, watching
-from tersor.cli.targets import told, writable
+from tersor.cli.targets import provenance, told, writable
 from tersor.specs import Squeeze
 
 
@@ -25,7 +25,7 @@ def squeeze(
     price: float = 0.0,
     epochs: float = 0.0,
     learning_rate: float = 0.02,
-    start: float = 3.0,
+    start: float = 1.5,
     use_labels: bool = False,
     num_calibration: int = 1024,
     augment: Literal["none", "crop", "flip_crop"] = "flip_crop",
@@ -71,19 +71,19 @@ def squeeze(
     subject = resolve(model, weights=weights, num_classes=num_classes)
     module = subject.need_module("squeezing")
     splits = load_data(data, num_calibration=request.num_calibration)
-    provenance = {"model": model, "data": splits.name}
+    whence = provenance(model, splits.name)
     checkpoint = target.with_suffix(".checkpoint")
     with watching() as watch:
         found = squeeze_network(
             module,
             splits,
             request,
-            provenance=provenance,
+            provenance=whence,
             checkpoint=checkpoint,
             told=watch,
             on_progress=training_watch(watch, f"squeeze {model}"),
         )
-    size_bytes = write(found.graph, target, plan=found.plan, provenance=provenance)
+    size_bytes = write(found.graph, target, plan=found.plan, provenance=whence)
     for place in (checkpoint, checkpoint.with_suffix(".start")):
         place.unlink(missing_ok=True)
     answer = told(output, target, size_bytes, found.plan)

@@ -44,7 +44,8 @@ SPARE_BYTES = 64  # beside what is over: other scales take other bytes
 @dc.dataclass(frozen=True, eq=False)
 class Squeezed:
     """The deployment graph, the network behind it (equal copies of inputs folded, weights exactly scale *
-    codes), the plan, what each layer's codes came to, the price in nats a bit, and the training."""
+    codes; of scales and biases the graph keeps a few bits, see small_graph), the plan, what each layer's
+    codes came to, the price in nats a bit, and the training."""
 
     graph: onnx.ModelProto
     module: nn.Module
