@@ -54,7 +54,7 @@ def test_at_the_bytes_of_two_bits_less_is_lost(original, whole, tmp_path, mode):
 
 def test_the_plan_tells_what_the_graph_holds(original, whole):
     spec = request_of(original, "static", True)
-    graph, plan, priced = coded(original, whole, 6000, spec, lambda *told: None)
+    _, plan, priced = coded(original, whole, 6000, spec, lambda *told: None)
     assert [line.layer for line in plan.layers] == [x.name for x in graph_layers(whole.graph)]
     for line in plan.layers:
         codes = priced.coded.learned[line.layer].codes
