@@ -142,6 +142,7 @@ class Search:
         self.made: list[Measured] = []
         self._networks: dict[float, Network] = {1.0: known.whole}
         self._priced: dict[float, Priced] = {}
+        self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
         self._keep(known.first)
 
     def point(self) -> tuple[Point, str]:
@@ -153,19 +154,26 @@ class Search:
         try:
             return best(forms, limits, slack=slack), ""
         except BudgetError:
-            return nearest(forms, limits)
+            fresh = [form for form in forms if form.choice not in self._missed]
+            return nearest(fresh or forms, limits)
 
     def run(self) -> Found:
         """Build candidates until they repeat, or the rounds or the time are used up; one is always built."""
         tried: set[Any] = {((1.0, STATIC), (8,))}
         last = self.known.first.seconds
         for number in range(1, self.effort.rounds + 1):
-            point, _ = self.point()
+            point, axis = self.point()
             bits = {layer: int(option.choice) for layer, option in point.choices.items()}
             key = (point.form.choice, tuple(bits.values()))
             if set(bits.values()) == {8}:
                 key = (point.form.choice, (8,))
-            if key in tried or (number > 1 and self.clock.left < AFTER_SHARE * last):
+            if axis:
+                self._missed.add(point.form.choice)
+            if number > 1 and self.clock.left < AFTER_SHARE * last:
+                break
+            if key in tried:
+                if axis and len(self._missed) < len(self.predictor.forms()):
+                    continue
                 break
             tried.add(key)
             started = time.monotonic()
