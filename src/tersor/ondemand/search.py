@@ -31,7 +31,7 @@ FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop i
 FRONT = 16  # points of the front that are told
 ENGINES_AT_ONE = ("onnxruntime", "openvino")  # at larger batches all that are here are tried
 SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
-TRAINED_SHARE = 0.7  # of the time left goes into one training
+TRAINED_SHARE = 0.6  # of the time left goes into one training
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 Record = Callable[[dict[str, Any]], None]
 
@@ -142,6 +142,7 @@ class Search:
         self.made: list[Measured] = []
         self._networks: dict[float, Network] = {1.0: known.whole}
         self._priced: dict[float, Priced] = {}
+        self._making = 0.0  # seconds of the last build that went into its network, with its training
         self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
         self._keep(known.first)
 
@@ -176,9 +177,9 @@ class Search:
                     continue
                 break
             tried.add(key)
-            started = time.monotonic()
+            started, self._making = time.monotonic(), 0.0
             self._build(number, point, bits)
-            last = time.monotonic() - started
+            last = time.monotonic() - started - self._making
         return self.found()
 
     def found(self) -> Found:
@@ -251,7 +252,7 @@ class Search:
         distortion: with few bits, an effort that has the time, and a price that comes to these bytes."""
         share, mode = point.form.choice
         spare = self.clock.left - coding.seconds_to_code(made)
-        if self.effort.trains and few_bits(bits) and spare > 2 * self.known.first.seconds:
+        if self.effort.trains and few_bits(bits) and spare > self.known.first.seconds:
             size = point.costs[SIZE] - self.predictor.beside - coding.bytes_of_scales(made)
             spec = request_of(self.original, mode, True)
             near = self._priced.get(share)
@@ -266,6 +267,7 @@ class Search:
 
     def _network(self, share: float) -> Network:
         if share not in self._networks:
+            started = time.monotonic()
             units, _ = self.predictor.units(share)
             reserve = 3 * self.known.first.seconds + coding.seconds_to_code(self.known.whole)
             self._networks[share] = network(
@@ -278,6 +280,7 @@ class Search:
                 seed=self.seed,
                 watch=self.watch,
             )
+            self._making = time.monotonic() - started
         return self._networks[share]
 
     def _engines(self) -> list[str]:
