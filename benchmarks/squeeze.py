@@ -329,7 +329,10 @@ SERIES = (
     ("Deep Compression's recipe", "#b45309", "^", lambda r: r["form"].startswith("deep")),
     ("8-bit codes in gzip or zstd", "#6b7280", "X", lambda r: r["form"] in ("gzip", "zstd")),
 )
-SHOWN_LOSSES = (0.2, 0.5)  # points: our smallest files that lose no more stand beside the published ones
+SHOWN_LOSSES = (
+    0.2,
+    0.5,
+)  # points: our smallest files that lose no more stand beside the published ones
 
 
 def pyplot_words():
@@ -350,6 +353,13 @@ def drawn(told):
     upper, lower = figure.subfigures(2, 1, height_ratios=(4.4, height))
     for model, axes in zip(models, upper.subplots(1, len(models), squeeze=False)[0], strict=True):
         draw_curve([row for row in told["rows"] if row["model"] == model], axes)
+    pairs = [axes.get_legend_handles_labels() for axes in upper.axes]
+    found = {
+        label: mark for marks, labels in pairs for mark, label in zip(marks, labels, strict=True)
+    }
+    upper.legend(
+        found.values(), found.keys(), fontsize=8, loc="outside upper center", ncols=4, frameon=False
+    )
     draw_points(points, lower.subplots())
     return figure
 
@@ -370,9 +380,9 @@ def draw_curve(rows, axes):
         )
     size_axis(axes, [r["size_bytes"] / 1e6 for r in rows])
     axes.set_yscale("symlog", linthresh=1, linscale=2)
-    ticks = [-64, -16, -4, -1, -0.5, 0, 0.5, 1]
+    ticks = [-64, -16, -4, -2, -1, -0.5, 0, 0.5, 1]
     axes.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
-    axes.set_ylim(min(-1, 1.2 * min(r["interval"]["low_pt"] for r in rows)), 1)
+    axes.set_ylim(min(-1, 1.6 * min(r["interval"]["low_pt"] for r in rows)), 1)
     axes.minorticks_off()
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_ylabel("accuracy against float, points")
@@ -382,7 +392,6 @@ def draw_curve(rows, axes):
         f"float: {first['float_accuracy']:.2%} in {first['float_bytes'] / 1e6:.1f} MB",
         fontsize=10,
     )
-    axes.legend(fontsize=8, loc="lower right")
 
 
 def beside(told):

@@ -388,8 +388,8 @@ def squeezed(told):
     return (
         "## The smallest files\n\n"
         f"{first['data']}, n = {first['num_samples']:,}, seed {first['seed']}; the same topology as the float network, "
-        f"difference to it in points with its paired 95 % interval; {first['num_calibration']:,} unlabelled calibration "
-        "images. Bytes are those of the file, everything counted (Deep Compression's are counted as its paper does, "
+        f"difference to it in points with its paired 95 % interval; {first['num_calibration']:,} unlabelled images. "
+        "Bytes are those of the file, everything counted (Deep Compression's are counted as its paper does, "
         "without the graph); times smaller is against the float weights. Seconds are those of all the work on one "
         "thread beside other work, training included; engine and threads are those that judged. "
         f"{where(first)}. The curve is in [results.md](results.md#bytes-against-accuracy).\n\n"
@@ -432,9 +432,10 @@ def bytes_and_accuracy(told):
     header = ["network", "form", "bytes", "times smaller", "accuracy", "difference"]
     return (
         "## Bytes against accuracy\n\n"
-        f"One file each, everything that is needed to run it counted; {first['data']}, n = {first['num_samples']:,}, the "
-        "file read back and judged; difference to the float network in points with its paired 95 % interval. Labels: "
-        "whether any were read. How each was made, and its seconds: [benchmarks.md](benchmarks.md#the-smallest-files).\n\n"
+        "One file each, everything that is needed to run it counted; "
+        f"{first['data']}, n = {first['num_samples']:,}, the file read back and judged; difference to the float network in "
+        "points with its paired 95 % interval. Labels: whether any were read. How each was made, and its seconds: "
+        "[benchmarks.md](benchmarks.md#the-smallest-files).\n\n"
         "![Accuracy against bytes, and published sizes](squeeze.svg)\n\n"
         + table([*header, "epochs", "labels"], lines)
         + "\nWhat this project set itself, each by the smallest file within the loss allowed (a loss is judged by its "
@@ -498,7 +499,13 @@ def goals(rows):
 
 def published(told):
     lines = [
-        [p["model"], p["form"], f"{p['size_bytes']:,}", f"{p['accuracy_percent']:.1f}%", p["source"]]
+        [
+            p["model"],
+            p["form"],
+            f"{p['size_bytes']:,}",
+            f"{p['accuracy_percent']:.1f}%",
+            p["source"],
+        ]
         for p in told["published"]
     ]
     return (
