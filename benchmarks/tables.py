@@ -433,7 +433,8 @@ def bytes_and_accuracy(told):
     return (
         "## Bytes against accuracy\n\n"
         f"One file each, all that is needed to run it counted; {first['data']}, n = {first['num_samples']:,}, "
-        "the file read back and judged; difference to the float network in points with its paired 95 % interval. Labels: whether any were read. How each was made, and its seconds: "
+        "the file read back and judged; difference to the float network in points "
+        "with its paired 95 % interval. Labels: whether any were read. How each was made, and its seconds: "
         "[benchmarks.md](benchmarks.md#the-smallest-files).\n\n"
         "![Accuracy against bytes, and published sizes](squeeze.svg)\n\n"
         + table([*header, "epochs", "labels"], lines)
