@@ -11,7 +11,7 @@ import pytest
 
 from tersor.data import load_data
 from tersor.errors import MissingExtraError, RunError, SpecError, UnknownNameError
-from tersor.study.journal import read_rows
+from tersor.runs.journal import read_rows
 from tersor.study.run import run_study
 from tersor.study.settings import StudySettings
 

@@ -69,7 +69,7 @@ def _run(
 ) -> dict[str, Any]:
     from tersor.data import load_data
     from tersor.report import summary
-    from tersor.study.journal import read_rows
+    from tersor.runs.journal import read_rows
     from tersor.study.run import run_study
 
     directory = pathlib.Path(out)
@@ -97,7 +97,7 @@ def report(
     """
     from tersor.report import markdown as to_markdown
     from tersor.report import write_report
-    from tersor.study.journal import read_rows
+    from tersor.runs.journal import read_rows
 
     source = pathlib.Path(directory) / "rows.jsonl"
     if not source.is_file():

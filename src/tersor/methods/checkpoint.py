@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from tersor.artifact.storage import write_whole
 from tersor.errors import RunError
 from tersor.specs import Finetune
 
@@ -16,16 +18,10 @@ ANEW = "remove it to start anew"
 
 def write_checkpoint(path: pathlib.Path, spec: Finetune, parts: Mapping[str, Any]) -> None:
     """Write `parts` (tensors and plain values by name) for a training by `spec`; the old file stays until the
-    new one is whole. Raises RunError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        try:
-            torch.save({"spec": repr(spec), **parts}, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"checkpoint {path} cannot be written: {error}") from None
+    new one is whole and on the disk. Raises RunError where it cannot be written."""
+    held = io.BytesIO()
+    torch.save({"spec": repr(spec), **parts}, held)
+    write_whole(path, [held.getbuffer()], held.getbuffer().nbytes, again=True)
 
 
 def read_checkpoint(

@@ -15,8 +15,8 @@ from tersor.data.arrays import ArraySet, Splits
 from tersor.errors import DataError, ModelError
 from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.methods.device import off_device, on_device, training_device, usable_precision
-from tersor.methods.interrupt import noted_interrupts
 from tersor.methods.training import Loop, Masks, Progress
+from tersor.runs.interrupts import noted_interrupts
 from tersor.specs import Finetune
 
 __all__ = ["Progress", "Trained", "finetune", "training_accuracy"]
