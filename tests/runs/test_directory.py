@@ -33,7 +33,9 @@ def counting(calls, result="made"):
 def test_a_step_is_made_once_for_each_name_and_request(tmp_path):
     calls = []
     with Run(tmp_path / "new" / "run") as run:
-        assert run.step("prune", {"sparsity": 0.5}, counting(calls, {"bits": (1, 2)})) == {"bits": [1, 2]}
+        assert run.step("prune", {"sparsity": 0.5}, counting(calls, {"bits": (1, 2)})) == {
+            "bits": [1, 2]
+        }
         assert run.step("prune", {"sparsity": 0.5}, counting(calls)) == {"bits": [1, 2]}
     with Run(tmp_path / "new" / "run") as run:
         assert run.step("prune", {"sparsity": 0.5}, counting(calls)) == {"bits": [1, 2]}
@@ -112,7 +114,7 @@ def test_other_settings_are_refused_with_the_first_difference(tmp_path):
         with pytest.raises(RunError, match="data='digits', now asked for 'cifar10'"):
             run.begin(**{**asked, "data": "cifar10"})
         other = {"steps": [{"kind": "prune", "sparsity": 0.5, "scope": "layer"}]}
-        with pytest.raises(RunError, match="recipe.steps=.*now asked for.*scope"):
+        with pytest.raises(RunError, match=r"recipe\.steps=.*now asked for.*scope"):
             run.begin(**{**asked, "recipe": other})
         assert len(run.journal.find(kind="run")) == 1
 

@@ -24,28 +24,40 @@ def write_checkpoint(path: pathlib.Path, spec: Finetune, parts: Mapping[str, Any
     write_whole(path, [held.getbuffer()], held.getbuffer().nbytes, again=True)
 
 
+def found_bytes(path: pathlib.Path) -> bytes | None:
+    """The bytes of a checkpoint; None where there is none. Raises RunError for one that cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"checkpoint {path} cannot be read ({error.strerror}); {ANEW}") from None
+
+
 def read_checkpoint(
     path: pathlib.Path,
     spec: Finetune,
     device: torch.device,
     restore: Mapping[str, Callable[[Any], object]],
+    content: bytes,
 ) -> None:
-    """Hand each part of a checkpoint to the function of its name in `restore`, in that order.
+    """Hand each part of the checkpoint `path`, of this `content`, to the function of its name in `restore`, in that
+    order.
 
     Raises RunError for a file that is no checkpoint, one of another recipe, and one whose parts do not fit.
     """
     try:
-        content: Any = torch.load(path, map_location=device, weights_only=True)
+        held: Any = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:
         raise RunError(f"checkpoint {path} cannot be read ({error}); {ANEW}") from None
-    if not isinstance(content, dict) or {"spec", *restore} - set(content):
+    if not isinstance(held, dict) or {"spec", *restore} - set(held):
         raise RunError(f"{path} is not a checkpoint of a training; {ANEW}")
-    if content["spec"] != repr(spec):
+    if held["spec"] != repr(spec):
         raise RunError(
-            f"checkpoint {path} belongs to another recipe: {content['spec']}, asked for {spec!r}; {ANEW}"
+            f"checkpoint {path} belongs to another recipe: {held['spec']}, asked for {spec!r}; {ANEW}"
         )
     try:
         for name, put in restore.items():
-            put(content[name])
+            put(held[name])
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"checkpoint {path} belongs to another network ({error}); {ANEW}") from None

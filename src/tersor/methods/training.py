@@ -17,7 +17,7 @@ from tersor.data.arrays import Splits
 from tersor.errors import ModelError, RunError
 from tersor.graph.fold import fold_copies_
 from tersor.methods.batches import Batches
-from tersor.methods.checkpoint import ANEW, read_checkpoint, write_checkpoint
+from tersor.methods.checkpoint import ANEW, found_bytes, read_checkpoint, write_checkpoint
 from tersor.methods.compiling import Forward
 from tersor.methods.device import on_device, usable_precision
 from tersor.methods.gradients import LargestGradients, add_subgradient_, slimmed_gammas
@@ -76,7 +76,10 @@ class Loop:
         self.student, self.spec, self.device = student, spec, device
         self.batches = Batches(splits, spec, device)
         self.num_steps = max(1, round(spec.epochs * self.batches.steps_per_epoch))
-        self.precision = usable_precision(spec.precision, device)
+        self.together = self.batches.together
+        usable = usable_precision(spec.precision, device)
+        asked = self.together.all_can(usable == spec.precision)
+        self.precision = spec.precision if asked else "float32"
         self.averaged = _average(student, spec)
         # Hooks come after the copy for the average: what is handed back has none.
         ours: list[Place] = []
@@ -84,7 +87,11 @@ class Loop:
         self.regressors: Regressors | None = None
         if teacher is not None and spec.needs_teacher:
             ours = self._set_teacher(teacher, torch.zeros(2, *splits.input_shape))
-        self.forward = Forward(Tapped(student, ours), spec.compile, type(student).__name__)
+        alone = self.together.processes.alone
+        compiling = spec.compile if alone else "off"
+        self.forward = Forward(Tapped(student, ours), compiling, type(student).__name__)
+        if not alone and spec.compile == "on":
+            self.forward.notes.append("of several processes each ran eagerly, not compiled")
         self.skeletons = Skeletons(student, spec.stripes) if spec.stripes else None
         self.averaged_skeletons = None
         if self.skeletons is not None:
@@ -98,6 +105,8 @@ class Loop:
             self.largest = LargestGradients(decayed, spec.gradient_topk, spec.momentum)
         self.optimizer = self._optimizer(decayed, [p for p in trained.values() if p.ndim <= 1])
         self.state = _State()
+        self.stop = False
+        self._interrupted: Callable[[], bool] = lambda: False
         self._kept: dict[str, Any] | None = None
 
     def _set_teacher(self, teacher: nn.Module, example: torch.Tensor) -> list[Place]:
@@ -109,7 +118,7 @@ class Loop:
             self.teacher = Tapped(teacher, [])
             return []
         network = copy.deepcopy(self.student).eval()  # its hooks go with it
-        example = self.batches.at(0)[0]
+        example = self.batches.at(0, whole=True)[0]
         ours, theirs = hint_places(network, teacher, self.spec.hint_layers, example)
         self.teacher = Tapped(teacher, theirs)
         with torch.no_grad():
@@ -157,6 +166,7 @@ class Loop:
 
         Once `interrupted` says so the step is finished, the checkpoint written and KeyboardInterrupt raised.
         """
+        self._interrupted, leads = interrupted, self.together.processes.leads
         saved = shown = started = time.perf_counter()
         losses: list[float] = []
         before, done, per_epoch = self.state.seconds, 0, self.batches.steps_per_epoch
@@ -176,14 +186,15 @@ class Loop:
                 rate = done * self.batches.size / (now - started)
                 left = (self.num_steps - step) * self.batches.size / rate
                 epoch = step / per_epoch
-                if on_progress:
+                if on_progress and leads:
                     on_progress(Progress(step, self.num_steps, epoch, losses[-1], rate, left))
                 if ends:
                     mean = sum(losses) / len(losses)
                     self.state.history.append({"epoch": epoch, "loss": mean, "images_per_s": rate})
                     losses = []
-            stop = interrupted()
-            if checkpoint is not None and (stop or now - saved > checkpoint_seconds):
+            # All processes stop after the same step: the one they were told of it in.
+            stop = interrupted() if self.together.processes.alone else self.stop
+            if checkpoint is not None and leads and (stop or now - saved > checkpoint_seconds):
                 if self._sound(loss):
                     self.save(checkpoint)
                 saved = time.perf_counter()
@@ -200,7 +211,14 @@ class Loop:
         step = self.state.step
         due = self._kept is None or step % KEEP_EVERY == 0
         candidate = copy.deepcopy(self.parts()) if due else None
-        loss = self.step(step)
+        try:
+            loss = self.step(step)
+        except ConnectionError as error:
+            raise RunError(
+                f"a process of this training of {self.together.processes.count} was lost in step {step + 1} of "
+                f"{self.num_steps} ({error}); the last checkpoint, where one is kept, is good: start all again "
+                "to go on from it"
+            ) from None
         # Elsewhere than on the CPU, reading the loss waits for it.
         read = due or self.device.type == "cpu" or step % 10 == 9 or step + 1 == self.num_steps
         if read and not math.isfinite(loss):
@@ -241,7 +259,7 @@ class Loop:
         inputs, labels = self.batches.at(step)
         # Dropout, as all else, depends on the seed and the step alone.
         torch.manual_seed(self.spec.seed * 15_485_863 + step)
-        with self._autocast():
+        with self._autocast(), self.together.whole_batch():
             outputs, ours = self.forward(inputs)
         target, theirs = None, []
         if self.teacher is not None:
@@ -251,10 +269,15 @@ class Loop:
         read = labels if self.spec.needs_labels else None
         loss = training_loss(self.spec, outputs.float(), read, target)
         if self.regressors is not None:
-            hints = self.regressors.distance(ours, theirs)
+            hints = self.regressors.distance(ours, theirs, self._of_whole)
             loss = (1 - self.spec.hints) * loss + self.spec.hints * hints
         self.optimizer.zero_grad(set_to_none=True)
+        if not self.together.processes.alone:
+            loss = (
+                loss * self.together.share
+            )  # a mean over this part: the sum of all is that of the batch
         loss.backward()  # type: ignore[no-untyped-call]
+        loss, self.stop = self.together.exchange_(self._moved(), loss, self._interrupted())
         self._change_gradients()
         self.optimizer.step()
         with torch.no_grad():
@@ -265,6 +288,15 @@ class Loop:
             self.averaged_skeletons.update_parameters(self.skeletons.skeletons)
         self.averaged.update_parameters(self.student)
         return loss.detach()
+
+    def _moved(self) -> list[nn.Parameter]:
+        """The parameters that backward gives gradients."""
+        maps = [] if self.regressors is None else list(self.regressors.parameters())
+        return [*self.student.parameters(), *maps]
+
+    def _of_whole(self, squares: torch.Tensor) -> torch.Tensor:
+        """Sums over this process's images to those of the batch, by this process's share."""
+        return self.together.processes.sum_(squares) * self.together.share
 
     def _change_gradients(self) -> None:
         if self.skeletons is not None:
@@ -341,8 +373,15 @@ class Loop:
         write_checkpoint(path, self.spec, self.parts())
 
     def restore(self, path: pathlib.Path) -> None:
-        """Go on from a checkpoint; one of another recipe, network or pruning is refused."""
-        read_checkpoint(path, self.spec, self.device, self._restoring())
+        """Go on from a checkpoint, where there is one; one of another recipe, network or pruning is refused.
+
+        Of several processes the leader reads it, and the others have it from there.
+        """
+        among = self.together.processes
+        content = among.agreed(found_bytes(path) if among.leads else None)
+        if content is None:
+            return
+        read_checkpoint(path, self.spec, self.device, self._restoring(), content)
         if any(bool(parameter[~mask].any()) for parameter, mask in self.masked):
             raise RunError(
                 f"checkpoint {path} belongs to another pruning: weights that the masks remove are not "

@@ -41,7 +41,9 @@ class RayCluster:
                     f"no Ray cluster answers at {address!r} ({reason}); start one with: ray start --head, or "
                     "give its address in RAY_ADDRESS"
                 ) from None
-        most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        most = max(
+            (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0
+        )
         if most < threads:
             raise RunError(
                 f"a piece of work takes {threads} CPUs, and no machine of the Ray cluster has more than "
@@ -65,7 +67,9 @@ class RayCluster:
         task = ray.remote(num_cpus=self.threads, max_retries=RETRIES)(_serve)
         version = importlib.metadata.version("tersor")
         held = ray.put(shared)
-        running = {task.remote(version, work, held, name, item): name for name, item in items.items()}
+        running = {
+            task.remote(version, work, held, name, item): name for name, item in items.items()
+        }
         try:
             while running:
                 check()

@@ -108,7 +108,9 @@ class Run:
         training). Raises RunError for a request or result that JSON cannot hold, and where writing fails.
         """
         place = self.place(name, request)
-        found = self.processes.agreed(_finished(place, plain(request)) if self.processes.leads else None)
+        found = self.processes.agreed(
+            _finished(place, plain(request)) if self.processes.leads else None
+        )
         if found is None and (together or self.processes.leads):
             found = self._made(place, request, make)
         if not self.processes.alone:
@@ -172,7 +174,7 @@ def difference(before: Any, now: Any, place: str = "") -> str:
         for key in sorted({*before, *now}):
             inner = f"{place}.{key}" if place else key
             if key not in before or key not in now:
-                held, asked = (("nothing", now[key]) if key in now else (before[key], "nothing"))
+                held, asked = ("nothing", now[key]) if key in now else (before[key], "nothing")
                 return f"{inner}={held!r}, now asked for {asked!r}"
             if found := difference(before[key], now[key], inner):
                 return found

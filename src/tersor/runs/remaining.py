@@ -40,7 +40,9 @@ class Remaining:
         totals = [sum(column) for column in zip(*self._spent.values(), strict=True)]
         if not totals or totals[1] <= 0:
             return None
-        rates = {kind: seconds / weight for kind, (seconds, weight) in self._spent.items() if weight}
+        rates = {
+            kind: seconds / weight for kind, (seconds, weight) in self._spent.items() if weight
+        }
         every = totals[0] / totals[1]
         expected = [rates.get(kind, every) * weight for kind, weight in self.left]
         under_way = min(self._clock() - self._since, expected[0]) if expected else 0.0
