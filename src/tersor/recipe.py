@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
+import io
 import json
 import os
 import pathlib
@@ -13,9 +15,11 @@ import onnx
 import torch
 from torch import nn
 
+from tersor.artifact.storage import write_whole
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.methods.finetune import Progress, finetune
+from tersor.methods.restore import restructured
 from tersor.pipeline import (
     Compressed,
     deployment_graph,
@@ -24,9 +28,12 @@ from tersor.pipeline import (
     quantize_network,
     share_model,
 )
+from tersor.runs import Run
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe, Share, Spec, from_dict
 from tersor.specs.prune import MASKED
 
+STATE, CHECKPOINT = "state.pt", "checkpoint"
+Make = Callable[[pathlib.Path | None], tuple[nn.Module, Plan | None]]
 STEPS = (Prune, Factorize, Share, Finetune, Quantize)
 
 
@@ -60,15 +67,16 @@ def run_recipe(
     splits: Splits,
     recipe: Recipe,
     *,
-    checkpoints: pathlib.Path | None = None,
+    run: Run | None = None,
     on_progress: Callable[[str, Progress], None] | None = None,
 ) -> Made:
     """Apply the steps of `recipe` to a copy of `module`, in their order.
 
     Batch norm is re-estimated from calibration inputs after each step that changes weights; weights
     that were set to zero stay zero in later trainings; a training that distils learns from `module`
-    as it was given. With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError
-    for an order that cannot be, before any work.
+    as it was given. What each step made is kept in `run`, where one is given: after a kill the same call goes on
+    from there, within a training from its checkpoint. Raises SpecError for an order that cannot be, before any
+    work.
     """
     _check_order(recipe.steps)
     plans: list[Plan] = []
@@ -81,28 +89,76 @@ def run_recipe(
             if on_progress:
                 on_progress(named, progress)
 
-        place = None if checkpoints is None else checkpoints / f"step_{number + 1}.checkpoint"
         if isinstance(step, Quantize):
+            place = None if run is None else _checkpoint(run, named, step)
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
             return Made(quantized.graph, current, quantized.plan.after(tuple(plans)))
-        if isinstance(step, Finetune):
-            teacher = module if step.needs_teacher else None
-            current = finetune(
+
+        def make(
+            checkpoint: pathlib.Path | None,
+            step: Spec = step,
+            current: nn.Module = current,
+            masks: dict[str, torch.Tensor] = masks,
+            told: Callable[[Progress], None] = told,
+        ) -> tuple[nn.Module, Plan | None]:
+            if not isinstance(step, Finetune):
+                changed = _changed(current, splits, step, recipe.seed)
+                return changed.module, changed.plan
+            trained = finetune(
                 current,
                 splits,
                 step,
                 masks=masks or None,
-                teacher=teacher,
-                checkpoint=place,
+                teacher=module if step.needs_teacher else None,
+                checkpoint=checkpoint,
                 on_progress=told,
-            ).module
-            continue
-        changed = _changed(current, splits, step, recipe.seed)
-        current = changed.module
-        plans.append(changed.plan)
-        masks |= _zeros(current, changed.plan)
+            )
+            return trained.module, None
+
+        current, plan = make(None) if run is None else _kept(run, named, step, make, current)
+        if plan is not None:
+            plans.append(plan)
+            masks = masks | _zeros(current, plan)
     graph = deployment_graph(current, splits.input_shape)
     return Made(graph, current, plans[-1].after(tuple(plans[:-1])) if plans else None)
+
+
+def _kept(
+    run: Run, named: str, step: Spec, make: Make, before: nn.Module
+) -> tuple[nn.Module, Plan | None]:
+    """What `make` makes of the network `before`, or made of it in an earlier call."""
+    made: list[tuple[nn.Module, Plan | None]] = []
+    request = {"step": step.to_dict()}
+
+    def keep(place: pathlib.Path) -> dict[str, Any] | None:
+        made.append(make(place / CHECKPOINT))
+        network, plan = made[0]
+        held = io.BytesIO()
+        torch.save(network.state_dict(), held)
+        write_whole(place / STATE, [held.getbuffer()], held.getbuffer().nbytes)
+        (place / CHECKPOINT).unlink(missing_ok=True)
+        return None if plan is None else plan.to_dict()
+
+    told = run.step(_named(named), request, keep, together=isinstance(step, Finetune))
+    if made:
+        return made[0]
+    plan = None if told is None else from_dict(told)
+    network = copy.deepcopy(before)
+    if isinstance(plan, Plan):
+        network = restructured(network, plan)
+    state = run.place(_named(named), request) / STATE
+    network.load_state_dict(torch.load(state, weights_only=True))
+    return network.eval(), plan if isinstance(plan, Plan) else None
+
+
+def _checkpoint(run: Run, named: str, step: Spec) -> pathlib.Path:
+    place = run.place(_named(named), {"step": step.to_dict()})
+    place.mkdir(parents=True, exist_ok=True)
+    return place / CHECKPOINT
+
+
+def _named(step: str) -> str:
+    return step.replace(", ", "_").replace(" ", "")
 
 
 def _changed(module: nn.Module, splits: Splits, step: Spec, seed: int) -> Compressed:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.output import Output, Watch, say, training_watch, watching
+from tersor.cli.output import Output, Watch, say, say_interrupted, training_watch, watching
 from tersor.cli.targets import coverage, told, writable
 from tersor.specs import Factorize, Finetune, Plan, Prune, Recipe
 
@@ -126,23 +126,33 @@ def compress(
 
     Args:
         recipe: a JSON file: {"steps": [{"kind": "prune", ...}, {"kind": "finetune", ...}, {"kind": "quantize", ...}]}
-        out: the file to write (.tersor); trainings resume from OUT.steps after a kill
+        out: the file to write (.tersor); what a killed call made is kept in OUT.steps, and gone on from
         save_weights: also write the network's weights before it is quantized (.safetensors)
     """
+    import importlib.metadata
     import shutil
 
+    from tersor.methods.together import digest
     from tersor.recipe import read_recipe, run_recipe
+    from tersor.runs import Run
 
     asked = read_recipe(recipe)
     steps = writable(out, ".tersor").with_suffix(".steps")
 
     def make(module: nn.Module, splits: Splits, watch: Watch) -> Made:
-        steps.mkdir(exist_ok=True)
-
         def told_of(named: str, progress: Progress) -> None:
             training_watch(watch, named)(progress)
 
-        return run_recipe(module, splits, asked, checkpoints=steps, on_progress=told_of)
+        with Run(steps, tell=say_interrupted) as run:
+            run.begin(
+                model=model,
+                weights=digest(module),
+                data=splits.name,
+                data_fingerprint=splits.fingerprint(),
+                recipe=asked.to_dict(),
+                tersor=importlib.metadata.version("tersor"),
+            )
+            return run_recipe(module, splits, asked, run=run, on_progress=told_of)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, asked.seed, output)
     answer = task.run(make)

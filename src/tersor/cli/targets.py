@@ -41,6 +41,8 @@ def _kept(layer: dict[str, Any]) -> str:
 
 def writable(path: str, suffix: str) -> pathlib.Path:
     """The target, checked before any work is done: its ending, its directory, and that it can be written."""
+    from tersor.runs.processes import processes, scratch
+
     target = pathlib.Path(path)
     if target.suffix != suffix:
         raise SpecError(f"--out {path}: expected a name that ends in {suffix}")
@@ -53,7 +55,8 @@ def writable(path: str, suffix: str) -> pathlib.Path:
         probe.unlink()
     except OSError as error:
         raise RunError(f"{target} cannot be written: {error.strerror or error}") from None
-    return target
+    # Of several processes one writes what is kept.
+    return target if processes().leads else scratch() / target.name
 
 
 def picture(out: str) -> pathlib.Path:

@@ -25,7 +25,7 @@ from tersor.runs.processes import Processes, processes
 class Together:
     """The slice of this process in a batch of `batch_size` images, and what is exchanged about it.
 
-    Every method raises ConnectionError where another process is lost. Raises SpecError for a batch that has not
+    Every method raises LostProcessError where another process is lost. Raises SpecError for a batch that has not
     an image for each process.
     """
 

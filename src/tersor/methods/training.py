@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tersor.data.arrays import Splits
-from tersor.errors import ModelError, RunError
+from tersor.errors import LostProcessError, ModelError, RunError
 from tersor.graph.fold import fold_copies_
 from tersor.methods.batches import Batches
 from tersor.methods.checkpoint import ANEW, found_bytes, read_checkpoint, write_checkpoint
@@ -213,11 +213,9 @@ class Loop:
         candidate = copy.deepcopy(self.parts()) if due else None
         try:
             loss = self.step(step)
-        except ConnectionError as error:
-            raise RunError(
-                f"a process of this training of {self.together.processes.count} was lost in step {step + 1} of "
-                f"{self.num_steps} ({error}); the last checkpoint, where one is kept, is good: start all again "
-                "to go on from it"
+        except LostProcessError as error:
+            raise LostProcessError(
+                f"step {step + 1} of {self.num_steps}: {error} from the last checkpoint, which is good"
             ) from None
         # Elsewhere than on the CPU, reading the loss waits for it.
         read = due or self.device.type == "cpu" or step % 10 == 9 or step + 1 == self.num_steps

@@ -111,10 +111,11 @@ class Run:
         found = self.processes.agreed(
             _finished(place, plain(request)) if self.processes.leads else None
         )
+        apart = found is None and together  # each process made its own files
         if found is None and (together or self.processes.leads):
             found = self._made(place, request, make)
         if not self.processes.alone:
-            found = self._shared(place, found, files=not together)
+            found = self._shared(place, found, files=not apart)
         self.check()
         return found["result"]
 

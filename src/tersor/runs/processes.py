@@ -15,7 +15,7 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from tersor.errors import RunError
+from tersor.errors import LostProcessError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Processes:
         return self.count == 1
 
     def agreed(self, value: Any) -> Any:
-        """The leader's `value`, in every process. Raises ConnectionError where a process is lost."""
+        """The leader's `value`, in every process. Raises LostProcessError where one is lost."""
         if self.alone:
             return value
         held = [value if self.leads else None]
@@ -52,7 +52,7 @@ class Processes:
         return held[0]
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank. Raises ConnectionError where a process is lost."""
+        """The values of all processes, by rank. Raises LostProcessError where one is lost."""
         if self.alone:
             return [value]
         held = [None] * self.count
@@ -60,8 +60,8 @@ class Processes:
         return held
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over all processes, in place: the same bits in each. Raises ConnectionError where a
-        process is lost."""
+        """`tensor` summed over all processes, in place: the same bits in each. Raises LostProcessError
+        where one is lost."""
         if not self.alone:
             _exchange("all_reduce", tensor, group=_group(STEP_LIMIT))
         return tensor
@@ -114,4 +114,6 @@ def _exchange(name: str, *values: Any, **options: Any) -> None:
         getattr(distributed, name)(*values, **options)
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(reason) from error
+        raise LostProcessError(
+            f"another process of this run was lost ({reason}); start all again to go on"
+        ) from None
