@@ -11,6 +11,7 @@ import datetime
 import functools
 import os
 import pathlib
+import re
 import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,14 @@ def _exchange(name: str, *values: Any, **options: Any) -> None:
     try:
         getattr(distributed, name)(*values, **options)
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostProcessError(
-            f"another process of this run was lost ({reason}); start all again to go on"
+            f"another process of this run was lost ({_reason(str(error))}); start all again to go on"
         ) from None
+
+
+def _reason(told: str) -> str:
+    """What gloo says, without the place in its source and its advice."""
+    known = re.search(r"connection (?:closed|reset) by peer|timed out", told, re.IGNORECASE)
+    if known is not None:
+        return known[0].lower()
+    return (told.strip().splitlines() or ["no reason given"])[0].rpartition("] ")[2][:200]
