@@ -1,6 +1,7 @@
 """Two processes make the training of one: torchrun starts them, and what they learned is compared."""
 
 import importlib.util
+import itertools
 import os
 import pathlib
 import socket
@@ -11,14 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import LostProcessError, SpecError
-from tersor.methods.finetune import finetune
+from tersor.errors import LostProcessError, RunError, SpecError
 from tersor.methods.together import Together, digest
-from tersor.runs import Processes
+from tersor.runs import Processes, processes
+from tersor.runs.processes import RANKS
 
 CHILD = pathlib.Path(__file__).with_name("together_child.py")
 TOLERANCE = 2e-5  # float32 sums in another order, over a few steps
 LIMIT_S = 400
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def environment(**more):
@@ -170,15 +172,39 @@ def test_a_digest_tells_names_shapes_and_values_apart():
     assert digest(nn.Sequential(first)) != digest(first)
 
 
-def test_one_process_exchanges_nothing(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Processes()),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Processes()),
+        ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, Processes(1, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "1", **MEETING}, Processes()),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", **MEETING}, Processes(3, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3", **MEETING}, Processes(2, 3)),
+    ],
+)
+def test_the_process_is_known_by_what_its_launcher_set(monkeypatch, variables, expected):
+    for name in {*itertools.chain(*RANKS), *MEETING}:
         monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes() == expected
+
+
+def test_a_rank_that_is_no_number_is_refused(monkeypatch):
+    for name, value in {"RANK": "one", "WORLD_SIZE": "2", **MEETING}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="RANK='one' and WORLD_SIZE='2' are not numbers"):
+        processes()
+
+
+def test_one_process_exchanges_nothing():
     among = Processes()
     held = object()
     assert among.agreed(held) is held and among.gathered(held) == [held]
     tensor = torch.ones(2)
     assert among.sum_(tensor) is tensor and torch.equal(tensor, torch.ones(2))
-    assert issubclass(LostProcessError, ConnectionError) and callable(finetune)
+    assert issubclass(LostProcessError, ConnectionError)
 
 
 @pytest.mark.slow

@@ -260,5 +260,5 @@ def test_other_data_of_the_same_name_and_another_version_are_refused(finished, d
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: "99" if name == "tersor" else real(name)
     )
-    with pytest.raises(RunError, match="tersor=.*now asked for '99'"):
+    with pytest.raises(RunError, match=r"tersor=.*now asked for '99'"):
         run_study(SMALL, data, out)

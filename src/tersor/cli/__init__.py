@@ -53,7 +53,7 @@ def _leader_alone_prints() -> Iterator[None]:
 
 def _rank() -> int:
     """The number of this process among those that torchrun started, else 0."""
-    if "RANK" not in os.environ:
+    if "MASTER_ADDR" not in os.environ:
         return 0
     from tersor.runs.processes import processes
 

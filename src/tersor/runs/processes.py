@@ -21,7 +21,14 @@ from tersor.errors import LostProcessError, RunError
 if TYPE_CHECKING:
     import torch
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What torchrun sets, and mpirun, with which accelerate launch starts processes without a GPU.
+RANKS = (
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
 # A step of a training takes seconds; while the leader measures alone the others wait as long as it takes.
 STEP_LIMIT = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=30)
@@ -73,17 +80,21 @@ def processes() -> Processes:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return Processes(distributed.get_rank(), distributed.get_world_size())
-    told = [os.environ.get(name) for name in LAUNCHED]
-    if None in told:
+    if not all(name in os.environ for name in MEETING):
         return Processes()
-    try:
-        rank, count = int(str(told[0])), int(str(told[1]))
-    except ValueError:
-        raise RunError(
-            f"RANK={told[0]!r} and WORLD_SIZE={told[1]!r} are not numbers; torchrun sets them, or unset them "
-            "to run as one process"
-        ) from None
-    return Processes(rank, count) if count > 1 else Processes()
+    for names in RANKS:
+        if not all(name in os.environ for name in names):
+            continue
+        told = [os.environ[name] for name in names]
+        try:
+            rank, count = (int(value) for value in told)
+        except ValueError:
+            raise RunError(
+                f"{names[0]}={told[0]!r} and {names[1]}={told[1]!r} are not numbers; torchrun sets them, or "
+                "unset them to run as one process"
+            ) from None
+        return Processes(rank, count) if count > 1 else Processes()
+    return Processes()
 
 
 @functools.cache
@@ -103,7 +114,10 @@ def _group(limit: datetime.timedelta) -> Any:
     import torch.distributed as distributed
 
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+        here = processes()
+        distributed.init_process_group(
+            "gloo", timeout=PATIENCE, rank=here.rank, world_size=here.count
+        )
     return distributed.new_group(backend="gloo", timeout=limit)
 
 
