@@ -23,8 +23,8 @@ from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
 from tersor.ondemand.original import Original, measured_original
 from tersor.ondemand.search import Facts, Found, Search, facts
+from tersor.runs import Journal
 from tersor.specs import Budget, Plan
-from tersor.study.journal import Journal
 
 MODEL, NEAREST, ROWS, RESULT, PLAN = (
     "model.tersor",
