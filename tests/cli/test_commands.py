@@ -1,5 +1,6 @@
 """The commands as a person types them, end to end on the embedded digits."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -232,6 +233,12 @@ def test_interrupt_exits_130(capsys, monkeypatch):
     monkeypatch.setattr(tersor.pipeline, "resolve", stop)
     assert main(["inspect", "digits_net"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "tersor", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["tersor", importlib.metadata.version("tersor")], done.stderr
 
 
 def test_the_installed_command_answers_help_without_torch():

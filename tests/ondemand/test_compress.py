@@ -116,7 +116,7 @@ def test_latency_and_multiplications_are_met_on_measuring_again(net, tmp_path):
 def test_an_impossible_budget_names_best_bound_and_layer(net, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(
-        BudgetError, match=r"size_bytes .* at layer '(features|classifier)"
+        BudgetError, match=r"size [0-9.]+ kB .* at layer '(features|classifier)"
     ) as raised:
         tersor.compress(net, "digits", tersor.Budget(size="2kB", drop=1), out=out, minutes=MINUTES)
     assert raised.value.exit_code == 3

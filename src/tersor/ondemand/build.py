@@ -71,15 +71,15 @@ def network(
     """The network with `units` gone, what is left fitted to the original's outputs, batch norms re-estimated, and
     with `train_seconds` trained to answer as the original does; no labels."""
     module, plan, epochs = original.module, None, 0.0
-    inputs = _batches(original.inputs)
+    inputs = batches_of(original.inputs)
     if family is not None and any(len(held) for held in units.values()):
         watch(f"{share:.0%} of the channels' time: removing, fitting", 0.0)
         plan = family.plan(units)
         module = structured.apply(original.module, plan, inputs=inputs, seed=seed)
-        module = reestimate_batch_norm(module, inputs)
+        module = reestimate_batch_norm(module, inputs, original=original.module)
         if effort.trains and train_seconds > 0:
             module, epochs = _trained(original, module, train_seconds, seed, watch)
-            module = reestimate_batch_norm(module, inputs)
+            module = reestimate_batch_norm(module, inputs, original=original.module)
     graph = original.graph
     harm = 0.0
     if plan is not None:
@@ -126,21 +126,31 @@ def rounded(
     mode: str = "static",
 ) -> tuple[onnx.ModelProto, Plan]:
     """The quantized graph of `made` with `bits` for its layers' weights (8 where none are given), and all plans."""
-    few = min(bits.values(), default=8) <= LEARNED_BITS
-    spec = Quantize(
+    spec = request_of(original, mode, few_bits(bits))
+    watch(f"rounding, {spec.rounding}", 0.0)
+    plan = quantization.plan(made.graph, spec, bits)
+    found = quantization.apply(made.graph, plan, batches_of(original.inputs))
+    return found.graph, found.plan.after(() if made.plan is None else (made.plan,))
+
+
+def few_bits(bits: Mapping[str, int]) -> bool:
+    """Whether rounding has to look at the layers' outputs."""
+    return min(bits.values(), default=8) <= LEARNED_BITS
+
+
+def request_of(original: Original, mode: str, few: bool) -> Quantize:
+    """What is asked of the rounding."""
+    return Quantize(
         mode=mode,
         bits=8,
         edge_bits=0,
         rounding="gptq" if few else "nearest",
         num_calibration=len(original.inputs),
     )
-    watch(f"rounding, {spec.rounding}", 0.0)
-    plan = quantization.plan(made.graph, spec, bits)
-    found = quantization.apply(made.graph, plan, _batches(original.inputs))
-    return found.graph, found.plan.after(() if made.plan is None else (made.plan,))
 
 
-def _batches(images: FloatArray) -> list[FloatArray]:
+def batches_of(images: FloatArray) -> list[FloatArray]:
+    """`images` (N, C, H, W) in batches for calibration."""
     starts = range(0, len(images), CALIBRATION_BATCH)
     return [images[start : start + CALIBRATION_BATCH] for start in starts]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import importlib.metadata
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,6 @@ from tersor.bench.energy import counted_energy_mj
 from tersor.bench.timing import time_apart
 from tersor.engines import open_session
 from tersor.engines.load import logits_of
-from tersor.graph.layers import graph_layers
 from tersor.ondemand.original import EAGER, Original
 from tersor.specs import Plan
 
@@ -56,6 +56,12 @@ class Measured:
             "drop": self.drop.to_dict(),
             "seconds": round(self.seconds, 1),
         }
+
+
+def num_weights(graph: onnx.ModelProto) -> int:
+    """Weights of a graph, in whatever form it holds them; scales and biases are none."""
+    sizes = (math.prod(held.dims) for held in graph.graph.initializer if len(held.dims) > 1)
+    return sum(sizes)
 
 
 def measured(
@@ -100,7 +106,7 @@ def measured(
         {EAGER: eager, MODEL: session}, original.input_shape, original.batch, seconds=seconds
     )
     logits = logits_of(session, original.held)
-    weights = float(sum(layer.num_weights for layer in graph_layers(graph)))
+    weights = num_weights(graph)
     integers = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     costs = {
         "size_bytes": float(size),

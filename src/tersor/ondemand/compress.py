@@ -33,6 +33,14 @@ MODEL, NEAREST, ROWS, RESULT, PLAN = (
     "result.json",
     "plan.json",
 )
+NAMES = {
+    "size_bytes": "size",
+    "latency_ms": "latency",
+    "macs": "number of multiplications",
+    "energy_mj": "energy",
+    "drop_pt": "loss",
+}
+UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "drop_pt": "points"}
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -288,12 +296,23 @@ def _refusal(found: Found, answer: Answer) -> str:
         "drop_pt": found.answer.drop.judged_pt,
     }
     met = ", ".join(
-        f"{axis} {costs[axis]:,.4g} of {limit:,.4g}" for axis, limit in found.limits.items()
+        f"{NAMES[axis]} {in_words(axis, costs[axis])} where {in_words(axis, limit)} may be"
+        for axis, limit in found.limits.items()
     )
     return (
-        f"no model that was found is within the budget; the nearest has {met}. What binds is {found.axis}, at layer "
-        f"{found.layer!r}. It is written as {answer.path}: raise that bound, or take more effort"
+        f"no model that was found is within the budget; the nearest has {met}. What binds is the "
+        f"{NAMES[found.axis]}, at layer {found.layer!r}. It is written as {answer.path}: "
+        "raise that bound, or take more effort"
     )
+
+
+def in_words(axis: str, value: float) -> str:
+    """A cost with its unit: "75.4 kB", "1.29 ms", "555M", "0.15 mJ", "0.36 points"."""
+    if axis == "size_bytes":
+        return f"{value / 1000:,.4g} kB"
+    if axis == "macs":
+        return f"{value / 1e6:,.4g}M"
+    return f"{value:.3g} {UNITS[axis]}"
 
 
 def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> dict[str, Any]:

@@ -9,17 +9,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import onnx
+
 from tersor.errors import BudgetError, ModelError
 from tersor.methods.bit_options import BitOptions, bit_options
 from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.restore import unheld
-from tersor.ondemand.build import Network, example_of, network, rounded
+from tersor.methods.squeeze_search import Priced
+from tersor.ondemand import coding
+from tersor.ondemand.build import Network, example_of, few_bits, network, request_of, rounded
 from tersor.ondemand.candidate import Measured, measured
 from tersor.ondemand.effort import Clock, Effort, Watch
 from tersor.ondemand.latency import LatencyTable, time_cost
 from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
-from tersor.search.tradeoff import GOALS, Point, best, nearest, nondominated, pareto, points
+from tersor.search.tradeoff import GOALS, SIZE, Point, best, nearest, nondominated, pareto, points
+from tersor.specs import Plan
 
 FAMILY_IMAGES = 128  # on which channels are tried
 FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop is given
@@ -136,6 +141,8 @@ class Search:
         )
         self.made: list[Measured] = []
         self._networks: dict[float, Network] = {1.0: known.whole}
+        self._priced: dict[float, Priced] = {}
+        self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
         self._keep(known.first)
 
     def point(self) -> tuple[Point, str]:
@@ -147,19 +154,26 @@ class Search:
         try:
             return best(forms, limits, slack=slack), ""
         except BudgetError:
-            return nearest(forms, limits)
+            fresh = [form for form in forms if form.choice not in self._missed]
+            return nearest(fresh or forms, limits)
 
     def run(self) -> Found:
         """Build candidates until they repeat, or the rounds or the time are used up; one is always built."""
         tried: set[Any] = {((1.0, STATIC), (8,))}
         last = self.known.first.seconds
         for number in range(1, self.effort.rounds + 1):
-            point, _ = self.point()
+            point, axis = self.point()
             bits = {layer: int(option.choice) for layer, option in point.choices.items()}
             key = (point.form.choice, tuple(bits.values()))
             if set(bits.values()) == {8}:
                 key = (point.form.choice, (8,))
-            if key in tried or (number > 1 and self.clock.left < AFTER_SHARE * last):
+            if axis:
+                self._missed.add(point.form.choice)
+            if number > 1 and self.clock.left < AFTER_SHARE * last:
+                break
+            if key in tried:
+                if axis and len(self._missed) < len(self.predictor.forms()):
+                    continue
                 break
             tried.add(key)
             started = time.monotonic()
@@ -210,7 +224,7 @@ class Search:
         started = time.monotonic()
         share, mode = point.form.choice
         made = self._network(share)
-        graph, plan = rounded(self.original, made, bits, self.watch, mode=mode)
+        graph, plan, by_rate = self._coded(made, point, bits)
         self.watch(f"candidate {number}: file, engine, answers", 0.0)
         found = measured(
             self.original,
@@ -222,6 +236,7 @@ class Search:
             state=unheld(made.module, made.graph),
             engines=self._engines() if mode == STATIC else ["onnxruntime"],
             seconds=self.effort.timing_seconds,
+            quick_coding=not by_rate,
         )
         if found is None:
             return
@@ -229,10 +244,30 @@ class Search:
         self.predictor.correct(point, found, made.harm_kl)
         self._keep(found)
 
+    def _coded(
+        self, made: Network, point: Point, bits: Mapping[str, int]
+    ) -> tuple[onnx.ModelProto, Plan, bool]:
+        """The graph of `made` at the bytes of `point`, its plan, and whether its codes were chosen by rate and
+        distortion: with few bits, an effort that has the time, and a price that comes to these bytes."""
+        share, mode = point.form.choice
+        spare = self.clock.left - coding.seconds_to_code(made)
+        if self.effort.trains and few_bits(bits) and spare > 2 * self.known.first.seconds:
+            size = point.costs[SIZE] - self.predictor.beside - coding.bytes_of_scales(made)
+            spec = request_of(self.original, mode, True)
+            near = self._priced.get(share)
+            try:
+                graph, plan, self._priced[share] = coding.coded(
+                    self.original, made, int(size), spec, self.watch, near=near, seed=self.seed
+                )
+                return graph, plan, True
+            except BudgetError as error:
+                self.watch(f"bits by layer instead: {error}", 0.0)
+        return *rounded(self.original, made, bits, self.watch, mode=mode), False
+
     def _network(self, share: float) -> Network:
         if share not in self._networks:
             units, _ = self.predictor.units(share)
-            reserve = 3 * self.known.first.seconds
+            reserve = 3 * self.known.first.seconds + coding.seconds_to_code(self.known.whole)
             self._networks[share] = network(
                 self.original,
                 self.known.family,
