@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
-import io
 import json
 import os
 import pathlib
@@ -15,10 +14,10 @@ import onnx
 import torch
 from torch import nn
 
-from tersor.artifact.storage import write_whole
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.graph.constants import Array
+from tersor.methods.checkpoint import read_state_, write_state
 from tersor.methods.finetune import Progress, finetune
 from tersor.methods.restore import restructured, unheld
 from tersor.methods.squeezing import squeeze
@@ -181,9 +180,7 @@ def _kept(
     def keep(place: pathlib.Path) -> dict[str, Any] | None:
         made.append(make(place / CHECKPOINT))
         network, plan = made[0]
-        held = io.BytesIO()
-        torch.save(network.state_dict(), held)
-        write_whole(place / STATE, [held.getbuffer()], held.getbuffer().nbytes)
+        write_state(place / STATE, network)
         for checkpoint in place.glob(f"{CHECKPOINT}*"):
             checkpoint.unlink()
         return None if plan is None else plan.to_dict()
@@ -196,8 +193,7 @@ def _kept(
     network = copy.deepcopy(before)
     if isinstance(plan, Plan):
         network = restructured(network, plan)
-    state = run.place(_named(named), request) / STATE
-    network.load_state_dict(torch.load(state, weights_only=True))
+    read_state_(run.place(_named(named), request) / STATE, network)
     return network.eval(), plan if isinstance(plan, Plan) else None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from tersor.artifact.storage import write_whole
 from tersor.errors import RunError
@@ -22,6 +23,21 @@ def write_checkpoint(path: pathlib.Path, spec: Finetune, parts: Mapping[str, Any
     held = io.BytesIO()
     torch.save({"spec": repr(spec), **parts}, held)
     write_whole(path, [held.getbuffer()], held.getbuffer().nbytes, again=True)
+
+
+def write_state(path: pathlib.Path, module: nn.Module) -> None:
+    """Write parameters and buffers of a network. Raises RunError where it cannot be written."""
+    held = io.BytesIO()
+    torch.save(module.state_dict(), held)
+    write_whole(path, [held.getbuffer()], held.getbuffer().nbytes)
+
+
+def read_state_(path: pathlib.Path, module: nn.Module) -> None:
+    """Put what `write_state` wrote into a network of the same shape. Raises RunError."""
+    try:
+        module.load_state_dict(torch.load(path, weights_only=True))
+    except Exception as error:
+        raise RunError(f"{path} cannot be read ({error}); {ANEW}") from None
 
 
 def found_bytes(path: pathlib.Path) -> bytes | None:
