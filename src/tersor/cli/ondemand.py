@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.output import Output, say, show_table, watching
+from tersor.cli.output import Output, say, say_interrupted, show_table, watching
 from tersor.errors import SpecError
 from tersor.specs import Budget
 
@@ -97,6 +97,7 @@ def compress(
             dry_run=dry_run,
             seed=seed,
             on_progress=watch,
+            on_interrupt=say_interrupted,
         )
     _show(output, answer, dry_run)
     return answer.to_dict()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
+import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +19,18 @@ from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
+from tersor.methods.checkpoint import read_state_, write_state
 from tersor.methods.finetune import finetune
 from tersor.methods.prune_auto import Units
 from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.reestimate import reestimate_batch_norm
+from tersor.methods.restore import restructured
 from tersor.ondemand.effort import Effort, Watch
+from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original
 from tersor.pipeline import CALIBRATION_BATCH, deployment_graph
-from tersor.specs import Finetune, Plan, Quantize
+from tersor.runs.directory import CHECKPOINT
+from tersor.specs import Finetune, Plan, Quantize, from_dict
 
 FloatArray = npt.NDArray[np.float32]
 LEARNED_BITS = (
@@ -39,6 +46,7 @@ TRAINING = Finetune(
     ema_decay=0.995,
     compile="off",
 )
+STATE = "state.pt"
 SPEED_STEPS = 6  # of training, to learn how many a second there are
 
 
@@ -63,13 +71,48 @@ def network(
     share: float,
     units: Units,
     effort: Effort,
+    kept: Kept,
     *,
     train_seconds: float = 0.0,
     seed: int = 0,
     watch: Watch,
 ) -> Network:
     """The network with `units` gone, what is left fitted to the original's outputs, batch norms re-estimated, and
-    with `train_seconds` trained to answer as the original does; no labels."""
+    with `train_seconds` trained to answer as the original does; no labels. A training goes on from its checkpoint."""
+    made: list[Network] = []
+
+    def make(place: pathlib.Path) -> dict[str, Any]:
+        training = _Training(original, train_seconds if effort.trains else 0.0, seed, watch, kept)
+        found = _network(original, family, share, units, training, place / CHECKPOINT)
+        made.append(found)
+        write_state(place / STATE, found.module)
+        (place / CHECKPOINT).unlink(missing_ok=True)
+        plan = None if found.plan is None else found.plan.to_dict()
+        return {"plan": plan, "harm_kl": found.harm_kl, "epochs": found.epochs}
+
+    asked = {"share": share, "units": {name: held.tolist() for name, held in units.items()}}
+    told, place = kept.piece("network", asked, make)
+    if made:
+        return made[0]
+    plan = None if told["plan"] is None else from_dict(told["plan"])
+    assert plan is None or isinstance(plan, Plan), "as it was written"
+    module = copy.deepcopy(original.module)
+    if plan is not None:
+        module = restructured(module, plan)
+    read_state_(place / STATE, module)
+    graph = original.graph if plan is None else deployment_graph(module, original.input_shape)
+    return Network(share, module.eval(), graph, plan, told["harm_kl"], told["epochs"])
+
+
+def _network(
+    original: Original,
+    family: ChannelFamily | None,
+    share: float,
+    units: Units,
+    training: _Training,
+    checkpoint: pathlib.Path,
+) -> Network:
+    seed, watch = training.seed, training.watch
     module, plan, epochs = original.module, None, 0.0
     inputs = batches_of(original.inputs)
     if family is not None and any(len(held) for held in units.values()):
@@ -77,8 +120,8 @@ def network(
         plan = family.plan(units)
         module = structured.apply(original.module, plan, inputs=inputs, seed=seed)
         module = reestimate_batch_norm(module, inputs, original=original.module)
-        if effort.trains and train_seconds > 0:
-            module, epochs = _trained(original, module, train_seconds, seed, watch)
+        if training.seconds > 0:
+            module, epochs = training.trained(module, share, checkpoint)
             module = reestimate_batch_norm(module, inputs, original=original.module)
     graph = original.graph
     harm = 0.0
@@ -90,31 +133,48 @@ def network(
     return Network(share, module, graph, plan, harm, epochs)
 
 
-def _trained(
-    original: Original, module: nn.Module, seconds: float, seed: int, watch: Watch
-) -> tuple[nn.Module, float]:
-    """Distilled for about `seconds`; the epochs that these were. The shortest training is timed first."""
-    count = len(original.splits.train)
-    batch = min(TRAINING.batch_size, max(2, count // 4))
-    per_epoch = max(1, count // batch)
-    short = dc.replace(TRAINING, epochs=SPEED_STEPS / per_epoch, batch_size=batch, seed=seed)
-    timed = finetune(module, original.splits, short, teacher=original.module)
-    each = max(timed.seconds / SPEED_STEPS, 1e-4)
-    epochs = seconds / each / per_epoch
-    if epochs * per_epoch < SPEED_STEPS:
-        return module, 0.0
-    rate = TRAINING.learning_rate * min(
-        1.0, epochs * per_epoch / 200
-    )  # short trainings step lightly
-    spec = dc.replace(short, epochs=epochs, learning_rate=max(rate, 1e-3))
-    found = finetune(
-        module,
-        original.splits,
-        spec,
-        teacher=original.module,
-        on_progress=lambda p: watch(f"learning from the original: {p}", p.step / p.num_steps),
-    )
-    return found.module, epochs
+@dc.dataclass(frozen=True, eq=False)
+class _Training:
+    """To answer as the original does, for about `seconds`."""
+
+    original: Original
+    seconds: float
+    seed: int
+    watch: Watch
+    kept: Kept
+
+    def trained(
+        self, module: nn.Module, share: float, checkpoint: pathlib.Path
+    ) -> tuple[nn.Module, float]:
+        """The network trained, and the epochs that these were."""
+        splits = self.original.splits
+        batch = min(TRAINING.batch_size, max(2, len(splits.train) // 4))
+        per_epoch = max(1, len(splits.train) // batch)
+        short = dc.replace(
+            TRAINING, epochs=SPEED_STEPS / per_epoch, batch_size=batch, seed=self.seed
+        )
+
+        def timed(_: pathlib.Path) -> float:
+            """Epochs that there is time for. The shortest training is timed first."""
+            found = finetune(module, splits, short, teacher=self.original.module)
+            return self.seconds / max(found.seconds / SPEED_STEPS, 1e-4) / per_epoch
+
+        epochs, _ = self.kept.piece("epochs", {"share": share}, timed)
+        if epochs * per_epoch < SPEED_STEPS:
+            return module, 0.0
+        # Short trainings step lightly.
+        rate = TRAINING.learning_rate * min(1.0, epochs * per_epoch / 200)
+        trained = finetune(
+            module,
+            splits,
+            dc.replace(short, epochs=epochs, learning_rate=max(rate, 1e-3)),
+            teacher=self.original.module,
+            checkpoint=checkpoint,
+            on_progress=lambda p: self.watch(
+                f"learning from the original: {p}", p.step / p.num_steps
+            ),
+        )
+        return trained.module, epochs
 
 
 def rounded(

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses as dc
 import json
 import math
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from tersor.artifact import load, pack, save
 from tersor.artifact.storage import write_whole
-from tersor.bench.drop import measured_drop
+from tersor.bench.drop import Drop, measured_drop
 from tersor.bench.environment import environment
 from tersor.errors import BudgetError, RunError, SpecError
+from tersor.methods.together import digest
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
-from tersor.ondemand.original import Original, measured_original
+from tersor.ondemand.kept import Kept
+from tersor.ondemand.original import Given, Original, given, measured_original
 from tersor.ondemand.search import Facts, Found, Search, facts
-from tersor.specs import Budget, Plan
-from tersor.study.journal import Journal
+from tersor.runs import Run, processes
+from tersor.runs.remaining import duration
+from tersor.specs import Budget, Plan, from_dict
 
-MODEL, NEAREST, ROWS, RESULT, PLAN = (
-    "model.tersor",
-    "nearest.tersor",
-    "rows.jsonl",
-    "result.json",
-    "plan.json",
-)
+MODEL, NEAREST, RESULT, PLAN = "model.tersor", "nearest.tersor", "result.json", "plan.json"
+DONE = "done"  # the kind of the last row
 NAMES = {
     "size_bytes": "size",
     "latency_ms": "latency",
@@ -113,6 +109,7 @@ def compress(
     dry_run: bool = False,
     seed: int = 0,
     on_progress: Watch | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> Answer:
     """Find the best form of `model` within `budget`, and write it to the directory `out`.
 
@@ -127,40 +124,52 @@ def compress(
     `out` gets model.tersor, plan.json, result.json and rows.jsonl (one row a candidate). With `dry_run` nothing but
     what must be measured is built, and the answer holds the prediction. Raises BudgetError where no model that was
     found fits: it names the best, which is written as nearest.tersor, the bound and the layer that binds; SpecError,
-    DataError, ModelError for what cannot be used, RunError where `out` holds an answer or cannot be written.
+    DataError, ModelError for what cannot be used, RunError where `out` belongs to another request or process, or
+    cannot be written.
+
+    Killed at any moment, the same call goes on from what was measured and made (`runs.Run`); once there is an answer
+    it gives that again. The first Ctrl-C (`on_interrupt` is called) finishes what is measured.
     """
+    if not processes().alone:
+        raise RunError("compress measures times and runs as one process: start it without torchrun")
     asked = budget if budget is not None else Budget(drop=0.5)
     chosen = effort_of(effort, minutes)
-    watch: Watch = on_progress or (lambda text, share: None)
     clock = Clock(chosen.minutes)
-    with _directory(out) as (directory, work, journal):
-        original = measured_original(
+    watch = _with_time_left(on_progress or (lambda text, share: None), clock)
+    directory = pathlib.Path(out)
+    if directory.suffix == ".tersor":
+        raise SpecError(f"out {out}: a directory is expected; the model lies in it as {MODEL}")
+    with Run(directory, tell=on_interrupt) as run:
+        loaded = given(
             model,
             data,
-            asked,
-            chosen,
             weights=weights,
             num_classes=num_classes,
             input_shape=input_shape,
-            use_labels=use_labels,
             seed=seed,
-            watch=watch,
         )
-        journal.append(_first_row(original, asked, chosen, seed))
+        run.begin(**_settings(model, loaded, asked, chosen, use_labels=use_labels, seed=seed))
+        if run.journal.find(kind=DONE):
+            run.forget()
+            return _answered(directory)
+        kept = Kept(directory, clock, run)
+        original = measured_original(
+            loaded, asked, chosen, kept, use_labels=use_labels, seed=seed, watch=watch
+        )
+        _record(run, _first_row(original, asked, chosen, seed))
         limits = asked.limits(original.costs)
         original = _able_to_judge(original, limits)
-        known = facts(original, chosen, work, seed=seed, watch=watch)
+        known = facts(original, chosen, kept, seed=seed, watch=watch)
         bound = asked.bound("latency")
         search = Search(
             original,
             known,
             limits,
             chosen,
-            work,
-            clock,
+            kept,
             relative_latency=bound is not None and bound.relative,
             seed=seed,
-            record=journal.append,
+            record=lambda row: _record(run, row),
             watch=watch,
         )
         if dry_run:
@@ -170,9 +179,68 @@ def compress(
         found = search.run()
         watch("writing the answer", 0.0)
         answer = _written(original, found, directory, clock)
-        journal.append({"step": "answer", "met": found.met, **answer.to_dict()})
+        _record(run, {"step": "answer", "met": found.met, **answer.to_dict()})
+        run.journal.append({"kind": DONE})
+        run.forget()
         if not found.met:
             raise BudgetError(_refusal(found, answer))
+    return answer
+
+
+def _with_time_left(watch: Watch, clock: Clock) -> Watch:
+    def told(text: str, share: float) -> None:
+        left = f"at most {duration(clock.left)} left" if clock.left > 0 else "its time is up"
+        watch(f"{text}: {left}", share)
+
+    return told
+
+
+def _settings(
+    model: nn.Module | str, loaded: Given, asked: Budget, effort: Effort, **options: Any
+) -> dict[str, Any]:
+    """What a directory belongs to: another network, budget or machine would not go on from what was measured."""
+    splits = loaded.splits
+    return {
+        "command": "compress",
+        "model": model if isinstance(model, str) else type(model).__name__,
+        "weights": digest(loaded.module),
+        "data": None if splits is None else splits.name,
+        "data_fingerprint": None if splits is None else splits.fingerprint(),
+        "input_shape": loaded.input_shape if splits is None else splits.input_shape,
+        "budget": asked.to_dict(),
+        "effort": dc.asdict(effort),
+        "machine": environment(),
+        **options,
+    }
+
+
+def _record(run: Run, row: dict[str, Any]) -> None:
+    """Append a row, once."""
+    if not run.journal.find(**{key: row[key] for key in ("step", "choice") if key in row}):
+        run.journal.append(row)
+
+
+def _answered(directory: pathlib.Path) -> Answer:
+    """The answer that lies in `directory`. Raises BudgetError where that is a refusal, RunError for one that is not
+    whole."""
+    try:
+        told = json.loads((directory / RESULT).read_bytes())
+        plan = from_dict(json.loads((directory / PLAN).read_bytes()))
+        held = {f.name: told[f.name] for f in dc.fields(Answer) if f.name not in ("path", "plan")}
+        path = directory / (MODEL if told["met"] else NEAREST)
+        if path.stat().st_size != told["size_bytes"] or not isinstance(plan, Plan):
+            raise ValueError(f"{path.name} is not the file it tells of")
+        for name in ("front", "notes", "input_shape"):
+            held[name] = tuple(held[name])
+        again = f"found before, and kept in {directory}: nothing was measured again"
+        held |= {"notes": (*held["notes"], again), "drop": Drop.from_dict(held["drop"])}
+        answer, refusal = Answer(path=path, plan=plan, **held), told.get("refusal")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{directory} holds an answer that is not whole any more ({error}); remove it, or name another directory"
+        ) from None
+    if refusal is not None:
+        raise BudgetError(refusal)
     return answer
 
 
@@ -198,13 +266,18 @@ def _written(original: Original, found: Found, directory: pathlib.Path, clock: C
     again = pack(held.to_onnx(), plan=held.plan, provenance=held.provenance, state=held.state())
     size = save(again, target)
     if size > best.costs["size_bytes"]:  # never seen; the file that was judged is the answer then
-        shutil.copyfile(best.path, target)
         size = int(best.costs["size_bytes"])
+        write_whole(target, [best.path.read_bytes()], size)
     answer = _answer(original, found, best, target, float(size), clock)
     _write_json(directory / PLAN, best.plan.to_dict())
     _write_json(
         directory / RESULT,
-        {"met": found.met, **answer.to_dict(), "environment": environment()},
+        {
+            "met": found.met,
+            **answer.to_dict(),
+            **({} if found.met else {"refusal": _refusal(found, answer)}),
+            "environment": environment(),
+        },
     )
     return answer
 
@@ -326,26 +399,6 @@ def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> 
         "float_engine_ms": original.engine_ms,
         "environment": environment(),
     }
-
-
-@contextlib.contextmanager
-def _directory(out: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, pathlib.Path, Journal]]:
-    """The directory of the answer, one for candidates inside it that is removed at the end, and the journal."""
-    directory = pathlib.Path(out)
-    if directory.suffix == ".tersor":
-        raise SpecError(f"out {out}: a directory is expected; the model lies in it as {MODEL}")
-    if (directory / RESULT).exists():
-        raise RunError(f"{directory} holds an answer already ({RESULT}); name another directory")
-    work = directory / "candidates"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
-    try:
-        with Journal(directory / ROWS) as journal:
-            yield directory, work, journal
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

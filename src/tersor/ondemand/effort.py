@@ -65,6 +65,10 @@ class Clock:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
+    def spend(self, seconds: float) -> None:
+        """Count what was spent before the start, in a process that was ended."""
+        self.started -= seconds
+
     @property
     def left(self) -> float:
         """Seconds until the end; below 0 after it."""

@@ -11,15 +11,16 @@ from typing import Any
 
 import onnx
 
-from tersor.errors import BudgetError, ModelError
+from tersor.errors import BudgetError, EngineError, ModelError
 from tersor.methods.bit_options import BitOptions, bit_options
-from tersor.methods.prune_family import ChannelFamily
+from tersor.methods.prune_family import ChannelFamily, Harms
 from tersor.methods.restore import unheld
 from tersor.methods.squeeze_search import Priced
 from tersor.ondemand import coding
 from tersor.ondemand.build import Network, example_of, few_bits, network, request_of, rounded
-from tersor.ondemand.candidate import Measured, measured
-from tersor.ondemand.effort import Clock, Effort, Watch
+from tersor.ondemand.candidate import Measured, measured, measured_before
+from tersor.ondemand.effort import Effort, Watch
+from tersor.ondemand.kept import Kept
 from tersor.ondemand.latency import LatencyTable, time_cost
 from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
@@ -66,53 +67,87 @@ class Facts:
     notes: tuple[str, ...]
 
 
-def facts(
-    original: Original, effort: Effort, directory: pathlib.Path, *, seed: int = 0, watch: Watch
-) -> Facts:
-    """Measure what the search rests on; the file of the whole network at 8 bits is `directory`/candidate_0.tersor.
+def facts(original: Original, effort: Effort, kept: Kept, *, seed: int = 0, watch: Watch) -> Facts:
+    """Measure what the search rests on.
 
     Raises ModelError where no engine here runs the quantized network rightly.
     """
-    started = time.monotonic()
     whole = Network(1.0, original.module, original.graph, None, 0.0)
-    graph, plan = rounded(original, whole, {}, watch)
-    watch("the whole network at 8 bits: file, engines, answers", 0.0)
-    first = measured(
-        original,
-        graph,
-        plan,
-        directory / "candidate_0.tersor",
-        {"channels_share": 1.0, "mode": STATIC, "bits": {}},
-        macs=original.costs["macs"],
-        state=unheld(original.module, original.graph),
-        engines=ENGINES_AT_ONE if original.batch == 1 else None,
-        seconds=effort.timing_seconds,
-    )
-    if first is None:
-        raise ModelError(
-            "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
-        )
-    first = dc.replace(first, seconds=time.monotonic() - started)
-    table = LatencyTable(original.batch, original.threads)
+    first = _first(original, whole, effort, kept, watch)
     family, notes = None, []
     try:
-        family = ChannelFamily(
+        family = _family(original, kept, seed, watch)
+    except ModelError as error:
+        notes.append(f"no channels are removed: {error}")
+
+    def tried(_: pathlib.Path) -> list[dict[str, Any]]:
+        found = bit_options(
+            original.graph,
+            original.inputs,
+            on_progress=lambda share: watch("how many bits each layer needs", share),
+            seed=seed,
+        )
+        return [each.to_dict() for each in found.values()]
+
+    told, _ = kept.piece("bits", {}, tried)
+    bits = {each["layer"]: BitOptions.from_dict(each) for each in told}
+    return Facts(first, family, bits, whole, tuple(notes))
+
+
+def _first(
+    original: Original, whole: Network, effort: Effort, kept: Kept, watch: Watch
+) -> Measured:
+    def make(place: pathlib.Path) -> dict[str, Any] | None:
+        started = time.monotonic()
+        graph, plan = rounded(original, whole, {}, watch)
+        watch("the whole network at 8 bits: file, engines, answers", 0.0)
+        found = measured(
+            original,
+            graph,
+            plan,
+            place / "candidate_0.tersor",
+            {"channels_share": 1.0, "mode": STATIC, "bits": {}},
+            macs=original.costs["macs"],
+            state=unheld(original.module, original.graph),
+            engines=ENGINES_AT_ONE if original.batch == 1 else None,
+            seconds=effort.timing_seconds,
+        )
+        if found is None:
+            raise ModelError(
+                "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
+            )
+        return dc.replace(found, seconds=time.monotonic() - started).row()
+
+    row, place = kept.piece("candidate", {"number": 0}, make)
+    return measured_before(row, place)
+
+
+def _family(original: Original, kept: Kept, seed: int, watch: Watch) -> ChannelFamily:
+    """The trials of its groups and the times of its layers are kept, which took the time."""
+    table = LatencyTable(original.batch, original.threads)
+
+    def family(harms: Harms | None) -> ChannelFamily:
+        return ChannelFamily(
             original.module,
             original.inputs[:FAMILY_IMAGES],
             example_of(original),
             cost_of=time_cost(original.module, original.input_shape, table),
+            harms=harms,
             on_progress=lambda share: watch("which channels are missed least", share),
             seed=seed,
         )
-    except ModelError as error:
-        notes.append(f"no channels are removed: {error}")
-    bits = bit_options(
-        original.graph,
-        original.inputs,
-        on_progress=lambda share: watch("how many bits each layer needs", share),
-        seed=seed,
-    )
-    return Facts(first, family, bits, whole, tuple(notes))
+
+    made: list[ChannelFamily] = []
+
+    def make(_: pathlib.Path) -> dict[str, Any]:
+        made.append(family(None))
+        return {"harms": made[0].harms, "times": table.times}
+
+    told, _ = kept.piece("channels", {}, make)
+    if made:
+        return made[0]
+    table.remember(told["times"])
+    return family({name: (held[0], held[1]) for name, held in told["harms"].items()})
 
 
 class Search:
@@ -124,8 +159,7 @@ class Search:
         known: Facts,
         asked: Mapping[str, float],
         effort: Effort,
-        directory: pathlib.Path,
-        clock: Clock,
+        kept: Kept,
         *,
         relative_latency: bool = False,
         seed: int = 0,
@@ -133,7 +167,7 @@ class Search:
         watch: Watch,
     ) -> None:
         self.original, self.known, self.asked, self.effort = original, known, asked, effort
-        self.directory, self.clock, self.seed = directory, clock, seed
+        self.kept, self.clock, self.seed = kept, kept.clock, seed
         self.relative_latency = relative_latency
         self.record, self.watch = record, watch
         self.predictor = Predictor(
@@ -143,6 +177,8 @@ class Search:
         self._networks: dict[float, Network] = {1.0: known.whole}
         self._priced: dict[float, Priced] = {}
         self._making = 0.0  # seconds of the last build that went into its network, with its training
+        self.notes = list(known.notes)
+        self._failed: set[Any] = set()  # forms that could not be built
         self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
         self._keep(known.first)
 
@@ -150,7 +186,8 @@ class Search:
         """What the search would build next, by prediction; and the axis that it passes, "" where none."""
         predictor = self.predictor
         limits = predictor.limits(self.asked)
-        forms = predictor.forms()
+        forms = [form for form in predictor.forms() if form.choice not in self._failed]
+        forms = forms or predictor.forms()
         slack = predictor.harm_of(FREE_PT)
         try:
             return best(forms, limits, slack=slack), ""
@@ -177,9 +214,9 @@ class Search:
                     continue
                 break
             tried.add(key)
-            started, self._making = time.monotonic(), 0.0
+            before, self._making = self.clock.passed, 0.0
             self._build(number, point, bits)
-            last = time.monotonic() - started - self._making
+            last = self.clock.passed - before - self._making
         return self.found()
 
     def found(self) -> Found:
@@ -189,12 +226,12 @@ class Search:
         front = tuple(self._front())
         if fitting:
             answer = self._chosen(fitting)
-            return Found(answer, True, self.asked, tuple(self.made), front, notes=self.known.notes)
+            return Found(answer, True, self.asked, tuple(self.made), front, notes=tuple(self.notes))
         answer = min(self.made, key=lambda each: self.excess(each)[0])
         axis = self.excess(answer)[1]
         layer = point.bound_layer or _dearest(point)
         return Found(
-            answer, False, self.asked, tuple(self.made), front, axis, layer, self.known.notes
+            answer, False, self.asked, tuple(self.made), front, axis, layer, tuple(self.notes)
         )
 
     def excess(self, each: Measured) -> tuple[float, str]:
@@ -222,27 +259,43 @@ class Search:
         return min(fitting, key=lambda e: sum(math.log(e.costs[axis]) for axis in goals))
 
     def _build(self, number: int, point: Point, bits: Mapping[str, int]) -> None:
-        started = time.monotonic()
         share, mode = point.form.choice
-        made = self._network(share)
-        graph, plan, by_rate = self._coded(made, point, bits)
-        self.watch(f"candidate {number}: file, engine, answers", 0.0)
-        found = measured(
-            self.original,
-            graph,
-            plan,
-            self.directory / f"candidate_{number}.tersor",
-            {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
-            macs=point.form.costs["macs"],
-            state=unheld(made.module, made.graph),
-            engines=self._engines() if mode == STATIC else ["onnxruntime"],
-            seconds=self.effort.timing_seconds,
-            quick_coding=not by_rate,
-        )
-        if found is None:
+
+        def make(place: pathlib.Path) -> dict[str, Any] | None:
+            started = self.clock.passed
+            made = self._network(share)
+            graph, plan, by_rate = self._coded(made, point, bits)
+            self.watch(f"candidate {number}: file, engine, answers", 0.0)
+            found = measured(
+                self.original,
+                graph,
+                plan,
+                place / f"candidate_{number}.tersor",
+                {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
+                macs=point.form.costs["macs"],
+                state=unheld(made.module, made.graph),
+                engines=self._engines() if mode == STATIC else ["onnxruntime"],
+                seconds=self.effort.timing_seconds,
+                quick_coding=not by_rate,
+            )
+            if found is None:
+                return None
+            row = dc.replace(found, seconds=self.clock.passed - started).row()
+            return {"row": row, "network_kl": made.harm_kl}
+
+        asked = {"number": number, "share": share, "mode": mode, "bits": dict(bits)}
+        try:
+            told, place = self.kept.piece("candidate", asked, make)
+        except (MemoryError, EngineError, ModelError) as error:
+            self._failed.add(point.form.choice)
+            self.notes.append(
+                f"candidate {number} failed: {error or 'it needs more memory than there is'}"
+            )
             return
-        found = dc.replace(found, seconds=time.monotonic() - started)
-        self.predictor.correct(point, found, made.harm_kl)
+        if told is None:
+            return
+        found = measured_before(told["row"], place)
+        self.predictor.correct(point, found, told["network_kl"])
         self._keep(found)
 
     def _coded(
@@ -276,6 +329,7 @@ class Search:
                 share,
                 units,
                 self.effort,
+                self.kept,
                 train_seconds=TRAINED_SHARE * (self.clock.left - reserve),
                 seed=self.seed,
                 watch=self.watch,
