@@ -18,7 +18,7 @@ from tersor.bench.energy import counted_energy_mj
 from tersor.bench.timing import time_apart
 from tersor.engines import open_session
 from tersor.engines.load import logits_of
-from tersor.graph.layers import graph_layers
+from tersor.graph.layers import num_weights
 from tersor.ondemand.original import EAGER, Original
 from tersor.specs import Plan
 
@@ -100,7 +100,7 @@ def measured(
         {EAGER: eager, MODEL: session}, original.input_shape, original.batch, seconds=seconds
     )
     logits = logits_of(session, original.held)
-    weights = float(sum(layer.num_weights for layer in graph_layers(graph)))
+    weights = float(num_weights(graph))
     integers = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     costs = {
         "size_bytes": float(size),
