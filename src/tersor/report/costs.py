@@ -8,6 +8,7 @@ from tersor.report.document import Column, Highlight, Table
 from tersor.report.page import table_html, text
 from tersor.report.told import (
     EAGER,
+    GAIN,
     Json,
     Told,
     decimal,
@@ -40,12 +41,13 @@ def headline(told: Told) -> str:
     cost = _cost(result["drop"])
     if not result["met"]:
         return f"No model within the budget was found. The nearest is {smaller} and {faster}: {cost}"
-    return f"{told.model} is {smaller} and {faster}: {cost}"
+    name = told.model[:1].upper() + told.model[1:]
+    return f"{name} is {smaller} and {faster}: {cost}"
 
 
 def _cost(drop: Json) -> str:
-    said = points(drop["estimate_pt"])
-    return said if drop["labelled"] else f"{said} by its own judgement"
+    said = points(drop["estimate_pt"]).replace("points", "points of accuracy")
+    return said if drop["labelled"] else f"{said}, as the original itself would expect"
 
 
 def highlight(told: Told) -> Highlight:
@@ -62,11 +64,11 @@ def highlight(told: Told) -> Highlight:
 
 
 def _short(value: float) -> str:
-    return "0.00 pt" if abs(value) < 0.005 else f"{abs(value):.2f} pt"
+    return "0.00 pt" if abs(value) < GAIN else f"{abs(value):.2f} pt"
 
 
 def _lost(drop: Json) -> str:
-    word = "gained" if drop["estimate_pt"] < -0.005 else "lost"
+    word = "gained" if drop["estimate_pt"] <= -GAIN else "lost"
     return f"{word}{'' if drop['labelled'] else ', expected'}"
 
 
@@ -92,10 +94,17 @@ def _judgement(drop: Json) -> str:
     held = drop["interval"]
     level = percent(held["level"], 0)
     return (
-        f"On {whole} with labels {same}; it is right {points(drop['estimate_pt']).replace('nothing lost', 'as often')} "
-        f"in comparison. With {level} % confidence the true difference lies between {end(-held['high_pt'])} and "
-        f"{end(-held['low_pt'])}."
+        f"On {whole} with labels it is right {_often(drop['estimate_pt'])}. With {level} % confidence the true difference "
+        f"lies between {end(-held['high_pt'])} and {end(-held['low_pt'])} points. {same[0].upper()}{same[1:]}."
     )
+
+
+def _often(lost: float) -> str:
+    """How much less often a network is right that lost so many points."""
+    if abs(lost) < GAIN:
+        return "as often as the original"
+    less = "less" if lost > 0 else "more"
+    return f"{abs(lost):.2f} in 100 times {less} often than the original"
 
 
 def _time_sentence(told: Told) -> str:

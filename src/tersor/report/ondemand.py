@@ -83,7 +83,7 @@ def ondemand_page(told: Told) -> str:
 </section>
 {contents_html([("result", "The budget"), *((part.key, part.title) for part in PARTS)])}
 <section aria-labelledby="result"><h2 id="result">The budget, and what was reached</h2>
-{_notes(told)}<div class="pair">{table_html(budget_table(told))}{table_html(costs_table(told))}</div>
+{_notes(told)}<div class="pair"><div>{table_html(budget_table(told))}</div><div>{table_html(costs_table(told))}</div></div>
 </section>
 {sections}"""
     return shell(

@@ -10,11 +10,14 @@ h3 { font-size: 1.02rem; font-weight: 600; margin: 2rem 0 0.7rem; overflow-wrap:
 .missed .card { border-top-color: var(--bad); }
 .missed .card h2 { color: var(--bad); }
 .card dl { gap: 1rem 2.6rem; }
-.card div { max-width: 19rem; justify-content: flex-end; }
-.pair { display: grid; gap: 0 3.5rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), max-content)); }
-.pair > * { grid-column: auto; min-width: 0; }
-.pair .note { max-width: 40rem; }
+.card div { max-width: 21rem; justify-content: flex-end; }
+.pair { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: flex-start; }
+.pair > * { min-width: 0; max-width: 100%; }
+.pair .note { max-width: 36rem; }
+@media (min-width: 62rem) {
+  .cards .card { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 2.5rem; }
+  .card h2, .card dl { grid-column: 1 / -1; }
+}
 .notes { max-width: 75ch; margin: 0 0 1.2rem; padding: 0.8rem 1rem 0.8rem 2.2rem;
   background: var(--panel); border-left: 3px solid var(--accent); overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.35rem 1.5rem; margin: 0.8rem 0 1rem; padding: 0;

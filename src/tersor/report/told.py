@@ -131,9 +131,9 @@ def points(value: float) -> str:
 
 def end(value: float) -> str:
     """One end of an interval of points: "0.91 lost"."""
-    return (
-        f"{abs(value):.2f} {'lost' if value > 0 else 'gained'}" if abs(value) >= GAIN else "0.00"
-    )
+    if abs(value) < GAIN:
+        return "0.00"
+    return f"{abs(value):.2f} {'lost' if value > 0 else 'gained'}"
 
 
 def interval_words(drop: Json) -> str:
