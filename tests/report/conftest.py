@@ -341,10 +341,15 @@ def answer(drop=None, *, met=True):
             "harm_kl": 0.1,
             "measured": False,
         }
-        for share, size, latency, lost in ((0.5, 111_222.7, 0.41, 12.345), (0.7, 222_333.1, 0.62, 2.468))
+        for share, size, latency, lost in (
+            (0.5, 111_222.7, 0.41, 12.345),
+            (0.7, 222_333.1, 0.62, 2.468),
+        )
     ]
     result = {
         "met": met,
+        "axis": "" if met else "size_bytes",
+        "layer": "" if met else "features.3",
         "path": "DIR/model.tersor" if met else "DIR/nearest.tersor",
         "size_bytes": 345_678.0,
         "latency_ms": 0.7654,
@@ -377,7 +382,11 @@ def answer(drop=None, *, met=True):
         },
     }  # fmt: skip
     kinds = {"lost": 9, "won": 2, "neither": 1, "unknown": 0}
-    examples = [_example(7, "lost", "cat"), _example(41, "won", "dog"), _example(3, "neither", "owl")]
+    examples = [
+        _example(7, "lost", "cat"),
+        _example(41, "won", "dog"),
+        _example(3, "neither", "owl"),
+    ]
     if not labelled:
         kinds, examples = dict.fromkeys(kinds, 0) | {"unknown": 12}, [_example(7, "unknown", None)]
     details = {
@@ -428,7 +437,9 @@ def answer(drop=None, *, met=True):
         _candidate(1, 350_001.0, 0.7654, drop),
         {"step": "answer", "met": met},
     ]
-    return copy.deepcopy({"result": result, "plan": _plan(), "details": details, "rows": tuple(rows)})
+    return copy.deepcopy(
+        {"result": result, "plan": _plan(), "details": details, "rows": tuple(rows)}
+    )
 
 
 @pytest.fixture
@@ -465,7 +476,13 @@ class Chromium:
             "--disable-background-networking", "--disable-component-update", "--disable-quic",
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            [path, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
+            [
+                path,
+                *options,
+                "--remote-debugging-pipe",
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
             preexec_fn=ends,
             close_fds=False,
             stdout=subprocess.DEVNULL,
@@ -523,7 +540,9 @@ class Chromium:
 
     def press(self, key, code):
         for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
+            )
 
     def close(self):
         with contextlib.suppress(Exception):

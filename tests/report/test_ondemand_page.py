@@ -18,7 +18,7 @@ from tersor.report.ondemand import ondemand_page
 from tersor.report.scales import MOST_TICKS, bent, logarithmic
 
 VOID = {"meta", "br", "img", "input"}
-HOSTILE = '"><script>alert(1)</script>\n\'onload=x\u202e\x1b[31m&amp;' + "x" * 300
+HOSTILE = "\"><script>alert(1)</script>\n'onload=x\u202e\x1b[31m&amp;" + "x" * 300
 
 
 class Walk(HTMLParser):
@@ -116,6 +116,7 @@ def test_the_headline_says_how_many_times_and_at_what_cost(make_told):
     )
     seen = words(ondemand_page(told))
     assert "95 % interval: 0.19 gained to 0.93 lost" in seen
+    assert "0.37 answers in 100 fewer are right than of the original" in seen
     assert "its interval reaches 0.93 lost, past the bound" in seen
 
 
@@ -135,6 +136,7 @@ def test_an_answer_that_does_not_fit_says_so_first(make_told):
     assert verdicts["size of the file"].endswith("missed")
     assert verdicts["time of one run"].endswith("met")
     assert "nearest.tersor" in words(page)
+    assert "What binds is the size of the file, at layer features.3" in words(page)
     assert "missed" not in words(ondemand_page(make_told())).split("What could be had")[0]
 
 
@@ -237,7 +239,7 @@ def test_changed_answers_are_counted_and_shown_with_both_answers(make_told):
     page = ondemand_page(told)
     seen = words(page)
     assert "12 of 2,000 held-out inputs (0.6 %) get another answer" in seen
-    assert "9 of them were right and are wrong now, 2 were wrong and are right now, 1 are" in seen
+    assert "right before and wrong now 9, wrong before and right now 2, wrong both times 1." in seen
     assert seen.count("cat 88 %") == seen.count("dog 54 %") == 3
     assert pictures_in(page) == told.pictures
     assert "label: owl" in seen
@@ -268,7 +270,9 @@ def test_an_older_run_without_details_says_what_is_missing(make_told):
     assert words(ondemand_page(told)).count("the graph <b>broke</b>") == 4
 
 
-@pytest.mark.parametrize("place", ["layer", "class", "reason", "data", "note", "model", "cpu"])
+@pytest.mark.parametrize(
+    "place", ["layer", "class", "reason", "data", "note", "model", "binding", "cpu"]
+)
 def test_hostile_names_stay_text(make_told, place):
     told = make_told()
     if place == "layer":
@@ -285,6 +289,8 @@ def test_hostile_names_stay_text(make_told, place):
         told.result["notes"] = [HOSTILE]
     elif place == "model":
         told.details["conditions"]["model"] = told.result["engine"] = HOSTILE
+    elif place == "binding":
+        told.result.update(axis="drop_pt", layer=HOSTILE)
     else:
         told.result["environment"].update(cpu=HOSTILE, versions={HOSTILE: HOSTILE})
     page = ondemand_page(told)

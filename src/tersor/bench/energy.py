@@ -14,7 +14,9 @@ FLOAT32_MAC_PJ = 3.7 + 0.9
 INT8_MAC_PJ = 0.2 + 0.1  # the product of 8 bits, its sum in 32
 DRAM_BYTE_PJ = 1300.0 / 8  # the least that a 64-bit read is given there
 POWERCAP = pathlib.Path("/sys/class/powercap")
-_PACKAGE = re.compile(r"[a-z]+-rapl:\d+")  # one for each processor package; parts of it have a second number
+_PACKAGE = re.compile(
+    r"[a-z]+-rapl:\d+"
+)  # one for each processor package; parts of it have a second number
 
 
 def counted_parts_mj(

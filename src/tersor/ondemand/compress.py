@@ -210,7 +210,13 @@ def _written(original: Original, found: Found, directory: pathlib.Path, clock: C
     _write_json(directory / PLAN, best.plan.to_dict())
     _write_json(
         directory / RESULT,
-        {"met": found.met, **answer.to_dict(), "environment": environment()},
+        {
+            "met": found.met,
+            "axis": found.axis,
+            "layer": found.layer,
+            **answer.to_dict(),
+            "environment": environment(),
+        },
     )
     return answer
 

@@ -51,8 +51,8 @@ def changed_words(held: Json) -> str:
     if not number or held["unknown"]:
         return f"{said}."
     return (
-        f"{said}: {held['lost']:,} of them were right and are wrong now, {held['won']:,} were wrong and are right now, "
-        f"{held['neither']:,} are wrong both times."
+        f"{said}: right before and wrong now {held['lost']:,}, wrong before and right now {held['won']:,}, wrong both "
+        f"times {held['neither']:,}."
     )
 
 
@@ -71,10 +71,10 @@ def _example(each: Json, pictures: Mapping[int, bytes]) -> str:
     if index in pictures:
         data = base64.b64encode(pictures[index]).decode("ascii")
         drawn = f'<img class="thumb" data-example="{index}" alt="input {index}" src="data:image/png;base64,{data}">'
-    label = "" if each["label"] is None else f'<span class="truth">label: {text(each["label"])}</span>'
-    return (
-        f"<li>{drawn}<div>{_answer('before', each)}{_answer('now', each)}{label}</div></li>"
+    label = (
+        "" if each["label"] is None else f'<span class="truth">label: {text(each["label"])}</span>'
     )
+    return f"<li>{drawn}<div>{_answer('before', each)}{_answer('now', each)}{label}</div></li>"
 
 
 def _answer(when: str, each: Json) -> str:

@@ -40,7 +40,9 @@ def headline(told: Told) -> str:
     faster = factor(result["speedup"], 1.0, "faster", "slower")
     cost = _cost(result["drop"])
     if not result["met"]:
-        return f"No model within the budget was found. The nearest is {smaller} and {faster}: {cost}"
+        return (
+            f"No model within the budget was found. The nearest is {smaller} and {faster}: {cost}"
+        )
     name = told.model[:1].upper() + told.model[1:]
     return f"{name} is {smaller} and {faster}: {cost}"
 
@@ -55,11 +57,19 @@ def highlight(told: Told) -> Highlight:
     result, drop = told.result, told.result["drop"]
     original = result["original"]
     facts = (
-        (f"{times(result['smaller'])}×", f"smaller: {decimal(original['size_bytes'])} to {decimal(result['size_bytes'])}"),
-        (f"{times(result['speedup'])}×", f"faster: {ms(told.eager_ms)} to {ms(result['latency_ms'])}"),
+        (
+            f"{times(result['smaller'])}×",
+            f"smaller: {decimal(original['size_bytes'])} to {decimal(result['size_bytes'])}",
+        ),
+        (
+            f"{times(result['speedup'])}×",
+            f"faster: {ms(told.eager_ms)} to {ms(result['latency_ms'])}",
+        ),
         (_short(drop["estimate_pt"]), f"{_lost(drop)}; {interval_words(drop)}"),
     )
-    title = "The answer" if result["met"] else "The nearest that was found: it is not within the budget"
+    title = (
+        "The answer" if result["met"] else "The nearest that was found: it is not within the budget"
+    )
     return Highlight(title, "", tuple(_sentences(told)), facts)
 
 
@@ -75,6 +85,12 @@ def _lost(drop: Json) -> str:
 def _sentences(told: Told) -> list[str]:
     result, drop = told.result, told.result["drop"]
     said = [_judgement(drop), _time_sentence(told)]
+    if result.get("axis"):
+        what = AXES[result["axis"]][1]
+        said.insert(
+            0,
+            f"What binds is the {what}, at layer {clean(result['layer'])}: raise that bound, or take more effort.",
+        )
     path = clean(str(result["path"])).replace("\\", "/").rsplit("/", 1)[-1]
     said.append(
         f"The file is {path}; it holds {choice_line(result['choice'])}. Found in {result['seconds']:,.0f} s."
@@ -94,17 +110,17 @@ def _judgement(drop: Json) -> str:
     held = drop["interval"]
     level = percent(held["level"], 0)
     return (
-        f"On {whole} with labels it is right {_often(drop['estimate_pt'])}. With {level} % confidence the true difference "
-        f"lies between {end(-held['high_pt'])} and {end(-held['low_pt'])} points. {same[0].upper()}{same[1:]}."
+        f"On {whole} with labels {_often(drop['estimate_pt'])}. With {level} % confidence the true difference "
+        f"lies between {points(-held['high_pt'])} and {points(-held['low_pt'])}. {same[0].upper()}{same[1:]}."
     )
 
 
 def _often(lost: float) -> str:
-    """How much less often a network is right that lost so many points."""
+    """How many answers fewer or more are right, of a network that lost so many points."""
     if abs(lost) < GAIN:
-        return "as often as the original"
-    less = "less" if lost > 0 else "more"
-    return f"{abs(lost):.2f} in 100 times {less} often than the original"
+        return "as many answers are right as of the original"
+    less = "fewer" if lost > 0 else "more"
+    return f"{abs(lost):.2f} answers in 100 {less} are right than of the original"
 
 
 def _time_sentence(told: Told) -> str:
@@ -123,7 +139,9 @@ def choice_line(choice: Json) -> str:
 
     said = choice_words(choice)
     epochs = choice.get("epochs") or 0
-    return f"{said}, trained for {digits(epochs)} epochs on the original's answers" if epochs else said
+    return (
+        f"{said}, trained for {digits(epochs)} epochs on the original's answers" if epochs else said
+    )
 
 
 def budget_table(told: Told) -> Table:
@@ -134,7 +152,11 @@ def budget_table(told: Told) -> Table:
         name, what, shown = AXES[axis]
         reached = _reached(told, axis)
         words = asked.get(name)
-        said = f"{clean(words)}: at most {shown(limit)}" if words and axis != "drop_pt" else f"at most {shown(limit)}"
+        said = (
+            f"{clean(words)}: at most {shown(limit)}"
+            if words and axis != "drop_pt"
+            else f"at most {shown(limit)}"
+        )
         verdict = MET if reached <= limit + EPSILON else MISSED
         rows.append((what, said, _reached_words(told, axis, reached), verdict))
     columns = (
@@ -167,7 +189,7 @@ def _reached_words(told: Told, axis: str, reached: float) -> str:
     if axis == "drop_pt":
         return f"{points(told.judged_pt)}"
     before = told.result["original"][axis]
-    return f"{AXES[axis][2](reached)}, {times(before / reached)} times less"
+    return f"{AXES[axis][2](reached)}: {times(before / reached)}× less"
 
 
 def _budget_notes(told: Told) -> tuple[str, ...]:
@@ -202,14 +224,24 @@ def costs_table(told: Told) -> Table:
     )
     rows = [
         _cost_row("file", original["size_bytes"], result["size_bytes"], decimal),
-        _cost_row(f"time, {count(told.batch, 'input')}, same run", told.eager_ms, result["latency_ms"], ms),
-        _cost_row("multiplications of an input", original["macs"], result["macs"], million),
-        _cost_row("energy of an input, counted", original["energy_mj"], result["energy_mj"], lambda v: f"{digits(v)} mJ"),
+        _cost_row(
+            f"time, {count(told.batch, 'input')}, same run", told.eager_ms, result["latency_ms"], ms
+        ),
+        _cost_row("multiplications", original["macs"], result["macs"], million),
+        _cost_row(
+            "energy, counted",
+            original["energy_mj"],
+            result["energy_mj"],
+            lambda v: f"{digits(v)} mJ",
+        ),
     ]
     if told.float_engine_ms is not None:
-        own = _cost_row("time, float32 on ONNX Runtime", told.float_engine_ms, result["latency_ms"], ms)
+        own = _cost_row("time, ONNX Runtime", told.float_engine_ms, result["latency_ms"], ms)
         rows.insert(2, own)
-    note = f"The original's file: all its weights and buffers in float32. Its time: {EAGER}."
+    note = (
+        f"The original's file: all its weights and buffers in float32. Its time: {EAGER} in the answer's run, and ONNX "
+        "Runtime's float32. Multiplications and energy are those of one input."
+    )
     return Table("table-costs", "Before and after", columns, tuple(rows), (note,))
 
 
@@ -220,14 +252,20 @@ def _cost_row(name: str, before: float, after: float, shown: Any) -> tuple[str, 
 def energy_html(told: Told) -> str:
     """Two stacked bars, and what was measured."""
     held: Json = told.details["energy"]
-    wholes = {side: held[f"{side}_compute_mj"] + held[f"{side}_memory_mj"] for side in ("original", "compressed")}
+    wholes = {
+        side: held[f"{side}_compute_mj"] + held[f"{side}_memory_mj"]
+        for side in ("original", "compressed")
+    }
     top = max(wholes.values()) or 1.0
-    bars = "".join(_energy_bar(held, side, word, wholes[side], top) for side, word in (("original", "original"), ("compressed", "answer")))
+    bars = "".join(
+        _energy_bar(held, side, word, wholes[side], top)
+        for side, word in (("original", "original"), ("compressed", "answer"))
+    )
     kind = "integers of 8 bits" if held["integers"] else "float32"
     prices = (
-        f"Counted, not measured: each multiplication with its sum at {digits(held['float32_mac_pj'])} pJ in float32 and "
-        f"{digits(held['int8_mac_pj'])} pJ in 8-bit integers, each byte of weights read from memory once a run at "
-        f"{digits(held['dram_byte_pj'])} pJ (Horowitz 2014, 45 nm). The answer computes in {kind}. Only the ratio means "
+        f"Counted, not measured: each multiplication with its sum at {held['float32_mac_pj']:g} pJ in float32 and "
+        f"{held['int8_mac_pj']:g} pJ in 8-bit integers, each byte of weights read from memory once a run at "
+        f"{held['dram_byte_pj']:g} pJ (Horowitz 2014, 45 nm). The answer computes in {kind}. Only the ratio means "
         "anything on another chip."
     )
     return (

@@ -148,7 +148,12 @@ def coverage_table(told: Told) -> Table:
     for each in told.plan["layers"]:
         name = each["layer"]
         rows.append(
-            (clean(name), _done(each), _channels(removed.get(name), sizes.get(name)), _why(each, left.get(name, "")))
+            (
+                clean(name),
+                _done(each),
+                _channels(removed.get(name), sizes.get(name)),
+                _why(each, left.get(name, "")),
+            )
         )
     for name, each in removed.items():
         if name not in named:
@@ -180,7 +185,9 @@ def _channels(each: Json | None, row: Json | None) -> str:
         if kept:
             whole = f" of {row[f'{side}_before']:,}" if row is not None else ""
             parts.append(f"{kept:,}{whole} {side}")
-    return f"{', '.join(parts)} kept" if parts else ACTIONS.get(each["action"], clean(each["action"]))
+    return (
+        f"{', '.join(parts)} kept" if parts else ACTIONS.get(each["action"], clean(each["action"]))
+    )
 
 
 def _why(each: Json, left: str) -> str:
@@ -196,6 +203,12 @@ def request_table(told: Told) -> Table:
         for key, value in request.items():
             if key != "kind":
                 shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-                rows.append((f"{number}. {clean(request['kind'])}", clean(key), clean(shown) or NONE))
-    columns = (Column("step", right=False), Column("option", right=False), Column("value", right=False))
+                rows.append(
+                    (f"{number}. {clean(request['kind'])}", clean(key), clean(shown) or NONE)
+                )
+    columns = (
+        Column("step", right=False),
+        Column("option", right=False),
+        Column("value", right=False),
+    )
     return Table("table-request", "Options of every step", columns, tuple(rows), folded=True)

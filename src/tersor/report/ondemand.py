@@ -39,8 +39,8 @@ PARTS = (
     Part(
         "front",
         "What could be had instead",
-        "Every model that was built and measured, and what the search predicts beyond; none of them is worse than "
-        "another in size, time and points at once, as predicted.",
+        "Every model that was built and measured, and what the search predicts beyond: of those none is worse than "
+        "another in size, time and points at once.",
         front_html,
     ),
     Part(
@@ -52,8 +52,8 @@ PARTS = (
     ),
     Part(
         "spread",
-        "Weights and activations, before and after",
-        "How the values of a layer are spread: its weights, and what it reads. Heights are square roots of shares, so that "
+        "Weights and activations",
+        "How the values of a layer are spread before and after: its weights, and what it reads. Heights are square roots of shares, so that "
         "what is rare can be seen; fewer bits leave fewer different values. Shown are the layers of the fewest bits that "
         "matter most.",
         spread_html,
@@ -77,8 +77,8 @@ def ondemand_page(told: Told) -> str:
     Raises KeyError, TypeError or ValueError for objects that are not those of an answer.
     """
     sections = "\n".join(_section(part, told) for part in PARTS)
-    verdict = "" if told.result["met"] else ' class="missed"'
-    body = f"""<section class="cards"{verdict} aria-label="The result in short">
+    verdict = "" if told.result["met"] else " missed"
+    body = f"""<section class="cards{verdict}" aria-label="The result in short">
 {card(highlight(told))}
 </section>
 {contents_html([("result", "The budget"), *((part.key, part.title) for part in PARTS)])}
@@ -146,14 +146,20 @@ def _conditions(told: Told) -> Iterator[tuple[str, str]]:
     yield "inputs", f"{clean(result['data'])}; each {shape}"
     if held:
         synthetic = ", made from batch-norm statistics" if held["synthetic"] else ""
-        yield "made from", f"{count(held['num_calibration'], 'other input')}{synthetic}, without labels"
+        yield (
+            "made from",
+            f"{count(held['num_calibration'], 'other input')}{synthetic}, without labels",
+        )
     yield "n", f"{result['drop']['num_samples']:,}"
     yield "seed", str(told.first.get("seed", held.get("seed", NONE)))
     yield "batch", str(told.batch)
     yield "threads", str(held.get("threads") or asked.get("threads") or "all")
     yield "engine", told.engine
     if effort:
-        yield "effort", f"{clean(effort['name'])}, {digits(effort['minutes'])} minutes; {result['seconds']:,.0f} s were used"
+        yield (
+            "effort",
+            f"{clean(effort['name'])}, {digits(effort['minutes'])} minutes; {result['seconds']:,.0f} s were used",
+        )
     if told.float_engine_ms is not None:
         yield "float32 on ONNX Runtime", ms(told.float_engine_ms)
     if held:
@@ -189,7 +195,9 @@ def _candidates(told: Told) -> Table:
             f"{row['size_bytes']:,.0f}",
             f"{row['drop']['estimate_pt']:.2f}",
             f"{100 * row['drop']['agreement']:.1f}",
-            ", ".join(f"{engine_title(name)} {ms(value)}" for name, value in row["engines_ms"].items()),
+            ", ".join(
+                f"{engine_title(name)} {ms(value)}" for name, value in row["engines_ms"].items()
+            ),
             f"{row['seconds']:,.1f}",
         )
         for row in told.candidates

@@ -11,9 +11,10 @@ h3 { font-size: 1.02rem; font-weight: 600; margin: 2rem 0 0.7rem; overflow-wrap:
 .missed .card h2 { color: var(--bad); }
 .card dl { gap: 1rem 2.6rem; }
 .card div { max-width: 21rem; justify-content: flex-end; }
-.pair { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: flex-start; }
+.pair { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: flex-start; }
 .pair > * { min-width: 0; max-width: 100%; }
-.pair .note { max-width: 36rem; }
+.pair .note { max-width: 28rem; }
+.pair th, .pair td { padding-inline: 0.5rem; }
 @media (min-width: 62rem) {
   .cards .card { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 2.5rem; }
   .card h2, .card dl { grid-column: 1 / -1; }
@@ -94,7 +95,7 @@ h3 { font-size: 1.02rem; font-weight: 600; margin: 2rem 0 0.7rem; overflow-wrap:
 .chart .ends { display: flex; justify-content: space-between; font-size: 0.74rem;
   color: var(--quiet); font-variant-numeric: tabular-nums; }
 
-ul.changed { display: grid; gap: 1rem 1.6rem; margin: 0; padding: 0; list-style: none;
+ul.changed { display: grid; gap: 1rem 1.6rem; margin: 0 0 1.4rem; padding: 0; list-style: none;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr)); }
 .changed li { display: flex; gap: 0.9rem; align-items: center; min-width: 0; }
 .changed li > div { min-width: 0; display: grid; font-size: 0.875rem; line-height: 1.45;
@@ -105,7 +106,7 @@ span.thumb { display: none; }
 .when { display: inline-block; min-width: 3.2rem; color: var(--quiet); }
 .truth { color: var(--quiet); }
 
-.energy { max-width: 48rem; }
+.energy { max-width: 48rem; margin-bottom: 1rem; }
 .stack { display: grid; gap: 0.55rem; margin-top: 0.6rem; }
 .bar { display: grid; grid-template-columns: 4.2rem minmax(0, 1fr) 5rem; gap: 0.7rem; align-items: center;
   font-size: 0.9rem; }

@@ -95,9 +95,7 @@ def card(highlight: Highlight) -> str:
 
 def contents_html(sections: Sequence[tuple[str, str]]) -> str:
     """The page's contents: links to sections by (id, title)."""
-    items = "".join(
-        f'<li><a href="#{text(key)}">{text(title)}</a></li>' for key, title in sections
-    )
+    items = "".join(f'<li><a href="#{text(key)}">{text(title)}</a></li>' for key, title in sections)
     return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
 
 

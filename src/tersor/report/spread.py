@@ -19,9 +19,7 @@ def spread_html(told: Told) -> str:
     rows: Sequence[Json] = told.details["histograms"]
     chosen = _chosen(told, rows)
     first = "\n".join(_figure(row, number) for number, row in enumerate(rows) if number in chosen)
-    rest = [
-        _figure(row, number) for number, row in enumerate(rows) if number not in chosen
-    ]
+    rest = [_figure(row, number) for number, row in enumerate(rows) if number not in chosen]
     legend = (
         '<ul class="legend"><li><i class="before" aria-hidden="true"></i>before</li>'
         '<li><i class="after" aria-hidden="true"></i>after</li></ul>'
@@ -63,13 +61,19 @@ def _chart(held: Json, words: str, layer: str) -> str:
         f"{words} of {layer}, from {digits(held['low'])} to {digits(held['high'])}: "
         f"{_filled(before)} of {bins} bins hold values before, {_filled(after)} after"
     )
-    high = max((math.sqrt(n / max(sum(side), 1)) for side in (before, after) for n in side), default=0.0) or 1.0
+    high = (
+        max(
+            (math.sqrt(n / max(sum(side), 1)) for side in (before, after) for n in side),
+            default=0.0,
+        )
+        or 1.0
+    )
     return (
         f'<div class="chart"><span class="what">{text(words)}</span>'
         f'<svg role="img" aria-label="{text(label)}" viewBox="0 0 {bins} {HEIGHT:g}" preserveAspectRatio="none">'
         f'<path class="before" d="{_steps(before, high)}Z"/><path class="after" d="{_steps(after, high)}"/></svg>'
         f'<span class="ends" aria-hidden="true"><span>{text(digits(held["low"]))}</span>'
-        f'<span>{text(digits(held["high"]))}</span></span></div>'
+        f"<span>{text(digits(held['high']))}</span></span></div>"
     )
 
 
