@@ -22,6 +22,7 @@ from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Given, Original, given, measured_original
+from tersor.ondemand.page import PAGE, tell, write_page
 from tersor.ondemand.search import Facts, Found, Search, facts
 from tersor.runs import Run, processes
 from tersor.runs.remaining import duration
@@ -78,6 +79,11 @@ class Answer:
         """How many times smaller than the original's weights in float32."""
         return self.original["size_bytes"] / self.size_bytes
 
+    @property
+    def report(self) -> pathlib.Path | None:
+        """The page that tells of it; None of a dry run."""
+        return None if self.path is None else self.path.with_name(PAGE)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, without the plan."""
         told = {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name != "plan"}
@@ -107,6 +113,7 @@ def compress(
     input_shape: tuple[int, int, int] | None = None,
     use_labels: bool = True,
     dry_run: bool = False,
+    examples: bool = True,
     seed: int = 0,
     on_progress: Watch | None = None,
     on_interrupt: Callable[[], None] | None = None,
@@ -121,9 +128,10 @@ def compress(
     standard (15 minutes, learns from the original), max; `minutes` sets another time. Times are those of this
     machine, on the engine that was the fastest of the right ones.
 
-    `out` gets model.tersor, plan.json, result.json and rows.jsonl (one row a candidate). With `dry_run` nothing but
-    what must be measured is built, and the answer holds the prediction. Raises BudgetError where no model that was
-    found fits: it names the best, which is written as nearest.tersor, the bound and the layer that binds; SpecError,
+    `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html, a
+    page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out. With
+    `dry_run` nothing but what must be measured is built, and the answer holds the prediction. Raises BudgetError
+    where no model that was found fits: it names the best, which is written as nearest.tersor, the bound and the layer that binds; SpecError,
     DataError, ModelError for what cannot be used, RunError where `out` belongs to another request or process, or
     cannot be written.
 
@@ -180,6 +188,11 @@ def compress(
         watch("writing the answer", 0.0)
         answer = _written(original, found, directory, clock)
         _record(run, {"step": "answer", "met": found.met, **answer.to_dict()})
+        name = model if isinstance(model, str) else type(model).__name__
+        told = (original, known, found.answer, answer.path, chosen)
+        watch("the report", 0.0)
+        pictures = tell(directory, *told, model=name, seed=seed, examples=examples)
+        write_page(directory, run.journal.rows(), pictures=pictures)
         run.journal.append({"kind": DONE})
         run.forget()
         if not found.met:
@@ -274,6 +287,8 @@ def _written(original: Original, found: Found, directory: pathlib.Path, clock: C
         directory / RESULT,
         {
             "met": found.met,
+            "axis": found.axis,
+            "layer": found.layer,
             **answer.to_dict(),
             **({} if found.met else {"refusal": _refusal(found, answer)}),
             "environment": environment(),
@@ -374,8 +389,8 @@ def _refusal(found: Found, answer: Answer) -> str:
     )
     return (
         f"no model that was found is within the budget; the nearest has {met}. What binds is the "
-        f"{NAMES[found.axis]}, at layer {found.layer!r}. It is written as {answer.path}: "
-        "raise that bound, or take more effort"
+        f"{NAMES[found.axis]}, at layer {found.layer!r}. It is written as {answer.path}, and {answer.report} shows "
+        "it: raise that bound, or take more effort"
     )
 
 
