@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tersor.study.journal import read_rows
 
 import tersor
 from tersor.artifact import load
@@ -20,7 +21,6 @@ from tersor.ondemand.changed import picture
 from tersor.ondemand.page import write_page
 from tersor.pipeline import deployment_graph
 from tersor.report.changed import pictures_in
-from tersor.study.journal import read_rows
 
 SHAPE = (1, 8, 8)
 

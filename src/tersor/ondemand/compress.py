@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import json
 import math
 import os
 import pathlib
@@ -14,90 +13,31 @@ from torch import nn
 
 from tersor.artifact import load, pack, save
 from tersor.artifact.storage import write_whole
-from tersor.bench.drop import Drop, measured_drop
+from tersor.bench.drop import measured_drop
 from tersor.bench.environment import environment
 from tersor.errors import BudgetError, RunError, SpecError
 from tersor.methods.together import digest
+from tersor.ondemand.answer import (
+    MODEL,
+    NEAREST,
+    PLAN,
+    RESULT,
+    Answer,
+    answered,
+    refusal,
+    write_json,
+)
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Given, Original, given, measured_original
-from tersor.ondemand.page import PAGE, tell, write_page
+from tersor.ondemand.page import tell, write_page
 from tersor.ondemand.search import Facts, Found, Search, facts
 from tersor.runs import Run, processes
 from tersor.runs.remaining import duration
-from tersor.specs import Budget, Plan, from_dict
+from tersor.specs import Budget
 
-MODEL, NEAREST, RESULT, PLAN = "model.tersor", "nearest.tersor", "result.json", "plan.json"
 DONE = "done"  # the kind of the last row
-NAMES = {
-    "size_bytes": "size",
-    "latency_ms": "latency",
-    "macs": "number of multiplications",
-    "energy_mj": "energy",
-    "drop_pt": "loss",
-}
-UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "drop_pt": "points"}
-
-
-@dc.dataclass(frozen=True, eq=False)
-class Answer:
-    """What came of a budget.
-
-    Attributes:
-        path: the model's file; None of a dry run
-        size_bytes, latency_ms, macs, energy_mj: what it costs; latency on `engine`
-        original: the same of the original (its weights in float32, PyTorch's eager float32)
-        speedup: over the original, in the same run
-        drop: what of the accuracy is lost, and how that is known
-        limits: the budget in these units
-        front: what could be had instead: JSON objects, each "measured" or predicted
-        plan: what was done layer by layer
-        notes: what a reader must know
-    """
-
-    path: pathlib.Path | None
-    size_bytes: float
-    latency_ms: float
-    macs: float
-    energy_mj: float
-    original: Mapping[str, float]
-    engine: str
-    speedup: float
-    drop: Any
-    limits: Mapping[str, float]
-    front: tuple[dict[str, Any], ...]
-    plan: Plan
-    notes: tuple[str, ...]
-    choice: Mapping[str, Any]
-    data: str
-    seconds: float
-    input_shape: tuple[int, int, int]
-
-    @property
-    def smaller(self) -> float:
-        """How many times smaller than the original's weights in float32."""
-        return self.original["size_bytes"] / self.size_bytes
-
-    @property
-    def report(self) -> pathlib.Path | None:
-        """The page that tells of it; None of a dry run."""
-        return None if self.path is None else self.path.with_name(PAGE)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, without the plan."""
-        told = {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name != "plan"}
-        return {
-            **told,
-            "path": None if self.path is None else str(self.path),
-            "drop": self.drop if isinstance(self.drop, dict) else self.drop.to_dict(),
-            "original": dict(self.original),
-            "limits": dict(self.limits),
-            "front": list(self.front),
-            "notes": list(self.notes),
-            "choice": dict(self.choice),
-            "smaller": self.smaller,
-        }
 
 
 def compress(
@@ -131,9 +71,9 @@ def compress(
     `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html, a
     page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out. With
     `dry_run` nothing but what must be measured is built, and the answer holds the prediction. Raises BudgetError
-    where no model that was found fits: it names the best, which is written as nearest.tersor, the bound and the layer that binds; SpecError,
-    DataError, ModelError for what cannot be used, RunError where `out` belongs to another request or process, or
-    cannot be written.
+    where no model that was found fits: it names the best, which is written as nearest.tersor, the bound and the
+    layer that binds; SpecError, DataError, ModelError for what cannot be used, RunError where `out` belongs to
+    another request or process, or cannot be written.
 
     Killed at any moment, the same call goes on from what was measured and made (`runs.Run`); once there is an answer
     it gives that again. The first Ctrl-C (`on_interrupt` is called) finishes what is measured.
@@ -159,7 +99,7 @@ def compress(
         run.begin(**_settings(model, loaded, asked, chosen, use_labels=use_labels, seed=seed))
         if run.journal.find(kind=DONE):
             run.forget()
-            return _answered(directory)
+            return answered(directory)
         kept = Kept(directory, clock, run)
         original = measured_original(
             loaded, asked, chosen, kept, use_labels=use_labels, seed=seed, watch=watch
@@ -182,7 +122,7 @@ def compress(
         )
         if dry_run:
             answer = _predicted(original, known, search, limits, clock)
-            _write_json(directory / PLAN, {"predicted": True, **answer.to_dict()})
+            write_json(directory / PLAN, {"predicted": True, **answer.to_dict()})
             return answer
         found = search.run()
         watch("writing the answer", 0.0)
@@ -196,7 +136,7 @@ def compress(
         run.journal.append({"kind": DONE})
         run.forget()
         if not found.met:
-            raise BudgetError(_refusal(found, answer))
+            raise BudgetError(refusal(found, answer))
     return answer
 
 
@@ -233,30 +173,6 @@ def _record(run: Run, row: dict[str, Any]) -> None:
         run.journal.append(row)
 
 
-def _answered(directory: pathlib.Path) -> Answer:
-    """The answer that lies in `directory`. Raises BudgetError where that is a refusal, RunError for one that is not
-    whole."""
-    try:
-        told = json.loads((directory / RESULT).read_bytes())
-        plan = from_dict(json.loads((directory / PLAN).read_bytes()))
-        held = {f.name: told[f.name] for f in dc.fields(Answer) if f.name not in ("path", "plan")}
-        path = directory / (MODEL if told["met"] else NEAREST)
-        if path.stat().st_size != told["size_bytes"] or not isinstance(plan, Plan):
-            raise ValueError(f"{path.name} is not the file it tells of")
-        for name in ("front", "notes", "input_shape"):
-            held[name] = tuple(held[name])
-        again = f"found before, and kept in {directory}: nothing was measured again"
-        held |= {"notes": (*held["notes"], again), "drop": Drop.from_dict(held["drop"])}
-        answer, refusal = Answer(path=path, plan=plan, **held), told.get("refusal")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{directory} holds an answer that is not whole any more ({error}); remove it, or name another directory"
-        ) from None
-    if refusal is not None:
-        raise BudgetError(refusal)
-    return answer
-
-
 def _able_to_judge(original: Original, limits: Mapping[str, float]) -> Original:
     """So few inputs that even no change could not be shown to keep the drop: the estimate is judged then, and
     said."""
@@ -282,15 +198,15 @@ def _written(original: Original, found: Found, directory: pathlib.Path, clock: C
         size = int(best.costs["size_bytes"])
         write_whole(target, [best.path.read_bytes()], size)
     answer = _answer(original, found, best, target, float(size), clock)
-    _write_json(directory / PLAN, best.plan.to_dict())
-    _write_json(
+    write_json(directory / PLAN, best.plan.to_dict())
+    write_json(
         directory / RESULT,
         {
             "met": found.met,
             "axis": found.axis,
             "layer": found.layer,
             **answer.to_dict(),
-            **({} if found.met else {"refusal": _refusal(found, answer)}),
+            **({} if found.met else {"refusal": refusal(found, answer)}),
             "environment": environment(),
         },
     )
@@ -375,34 +291,6 @@ def _predicted(
     )
 
 
-def _refusal(found: Found, answer: Answer) -> str:
-    costs = {
-        "size_bytes": answer.size_bytes,
-        "latency_ms": answer.latency_ms,
-        "macs": answer.macs,
-        "energy_mj": answer.energy_mj,
-        "drop_pt": found.answer.drop.judged_pt,
-    }
-    met = ", ".join(
-        f"{NAMES[axis]} {in_words(axis, costs[axis])} where {in_words(axis, limit)} may be"
-        for axis, limit in found.limits.items()
-    )
-    return (
-        f"no model that was found is within the budget; the nearest has {met}. What binds is the "
-        f"{NAMES[found.axis]}, at layer {found.layer!r}. It is written as {answer.path}, and {answer.report} shows "
-        "it: raise that bound, or take more effort"
-    )
-
-
-def in_words(axis: str, value: float) -> str:
-    """A cost with its unit: "75.4 kB", "1.29 ms", "555M", "0.15 mJ", "0.36 points"."""
-    if axis == "size_bytes":
-        return f"{value / 1000:,.4g} kB"
-    if axis == "macs":
-        return f"{value / 1e6:,.4g}M"
-    return f"{value:.3g} {UNITS[axis]}"
-
-
 def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> dict[str, Any]:
     return {
         "step": "original",
@@ -414,8 +302,3 @@ def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> 
         "float_engine_ms": original.engine_ms,
         "environment": environment(),
     }
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-    write_whole(path, [data], len(data))

@@ -176,7 +176,9 @@ class Search:
         self.made: list[Measured] = []
         self._networks: dict[float, Network] = {1.0: known.whole}
         self._priced: dict[float, Priced] = {}
-        self._making = 0.0  # seconds of the last build that went into its network, with its training
+        self._making = (
+            0.0  # seconds of the last build that went into its network, with its training
+        )
         self.notes = list(known.notes)
         self._failed: set[Any] = set()  # forms that could not be built
         self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
