@@ -13,7 +13,7 @@ from tersor.errors import SpecError
 from tersor.specs import Budget
 
 if TYPE_CHECKING:  # slow to import, and only named here
-    from tersor.ondemand.compress import Answer
+    from tersor.ondemand.answer import Answer
 
 BUDGET = ("size", "latency", "macs", "energy", "drop")
 

@@ -129,6 +129,7 @@ def compress(
         answer = _written(original, found, directory, clock)
         _record(run, {"step": "answer", "met": found.met, **answer.to_dict()})
         name = model if isinstance(model, str) else type(model).__name__
+        assert answer.path is not None, "only a dry run writes no file"
         told = (original, known, found.answer, answer.path, chosen)
         watch("the report", 0.0)
         pictures = tell(directory, *told, model=name, seed=seed, examples=examples)
