@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +97,7 @@ def _first(
     original: Original, whole: Network, effort: Effort, kept: Kept, watch: Watch
 ) -> Measured:
     def make(place: pathlib.Path) -> dict[str, Any] | None:
-        started = time.monotonic()
+        started = kept.clock.passed
         graph, plan = rounded(original, whole, {}, watch)
         watch("the whole network at 8 bits: file, engines, answers", 0.0)
         found = measured(
@@ -116,7 +115,7 @@ def _first(
             raise ModelError(
                 "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
             )
-        return dc.replace(found, seconds=time.monotonic() - started).row()
+        return dc.replace(found, seconds=kept.clock.passed - started).row()
 
     row, place = kept.piece("candidate", {"number": 0}, make)
     return measured_before(row, place)
@@ -288,7 +287,7 @@ class Search:
         except (MemoryError, EngineError, ModelError) as error:
             self._failed.add(point.form.choice)
             self.notes.append(
-                f"candidate {number} failed: {error or 'it needs more memory than there is'}"
+                f"candidate {number} failed: {str(error) or 'it needs more memory than there is'}"
             )
             return
         if told is None:
