@@ -23,6 +23,7 @@ import tersor.ondemand.candidate as candidate
 import tersor.ondemand.compress as compress
 import tersor.ondemand.original as original
 import tersor.ondemand.search as search
+import tersor.ondemand.trials as trials
 from tersor.artifact import pack, save
 from tersor.bench.drop import Drop
 from tersor.data.unlabelled import unlabelled
@@ -92,6 +93,9 @@ class Family:
 
     cost = macs
 
+    def plan(self, units):
+        return None
+
     def sizes(self, units):
         return {"only.weight": 640 - 40 * sum(map(len, units.values()))}
 
@@ -123,10 +127,10 @@ def measured(asked, graph, plan, path, choice, *, macs, **options):
     return candidate.Measured(path, choice, costs, drop, "onnxruntime", 3.0, plan, times)
 
 
-def network(asked, family, share, units, training, checkpoint):
-    made.append(f"network {share}")
+def network(asked, wanted, checkpoint, kept, watch):
+    made.append(f"network {wanted.share}")
     checkpoint.write_bytes(b"half of a training")
-    return build.Network(share, asked.module, GRAPH, None, 0.001)
+    return build.Network(wanted.share, asked.module, GRAPH, wanted.plan, 0.001)
 
 
 def original_logits(*given, **options):
@@ -151,8 +155,8 @@ def replace():
     original.time_apart = lambda *given, **options: times
     search.rounded = lambda *given, **options: (GRAPH, PLAN)
     search.unheld = lambda *given: {}
-    search.measured, search.ChannelFamily, search.bit_options = measured, Family, bit_options
-    search.time_cost = lambda *given: None
+    search.measured, trials.ChannelFamily, trials.bit_options = measured, Family, bit_options
+    trials.time_cost = lambda *given: None
     build._network, compress.pack = network, packed_once
     build.deployment_graph = lambda *given: GRAPH
     images = np.random.default_rng(2).normal(size=(120, 1, 8, 8)).astype(np.float32)

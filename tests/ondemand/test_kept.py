@@ -10,8 +10,8 @@ import tersor
 from tersor.errors import RunError
 from tersor.methods import prune_family
 from tersor.methods.prune_family import ChannelFamily
-from tersor.ondemand import build, search
-from tersor.ondemand.build import example_of
+from tersor.ondemand import build, search, trials
+from tersor.ondemand.build import Wanted, example_of
 from tersor.ondemand.effort import EFFORTS, Clock
 from tersor.ondemand.kept import Kept, read_array, write_array
 from tersor.ondemand.original import given, measured_original
@@ -40,9 +40,9 @@ def test_a_search_that_ended_in_its_first_candidate_goes_on_from_there(net, tmp_
         monkeypatch.setattr(module, name, call)
 
     counted(search, "measured", lambda given: f" {given[3].name}")
-    counted(search, "bit_options")
+    counted(trials, "bit_options")
     counted(prune_family, "group_harms")
-    counted(build, "_network", lambda given: f" {given[2]}")
+    counted(build, "_network", lambda given: f" {given[1].share}")
 
     def end(text, share):
         if text.startswith("candidate 1"):
@@ -89,15 +89,15 @@ def test_a_training_that_was_interrupted_goes_on_from_its_checkpoint(
         loaded = given(net, images)
         original = measured_original(loaded, Budget(drop=1), effort, kept, watch=unwatched)
         family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
-        asked = (original, family, 0.5, family.units(0.5), effort)
+        plan = family.plan(family.units(0.5))
         with pytest.raises(KeyboardInterrupt):
-            build.network(*asked, kept, train_seconds=1.0, watch=interrupting)
+            build.network(original, Wanted(0.5, plan, 1.0), kept, interrupting)
         assert told == [1]
     with Run(tmp_path) as run:
         kept = Kept(tmp_path, Clock(1.0), run)
-        trained = build.network(*asked, kept, train_seconds=9.0, watch=watch)
+        trained = build.network(original, Wanted(0.5, plan, 9.0), kept, watch)
         spent = kept.clock.passed
-        again = build.network(*asked, kept, watch=watch)
+        again = build.network(original, Wanted(0.5, plan), kept, watch)
         assert kept.clock.passed > spent, "what it took counts again, in another process"
     assert trained.epochs == again.epochs > 0 and trained.harm_kl == again.harm_kl
     assert trained.plan == again.plan

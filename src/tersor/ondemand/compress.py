@@ -14,20 +14,22 @@ from torch import nn
 
 from tersor.artifact import load, pack, save
 from tersor.artifact.storage import write_whole
-from tersor.bench.drop import Drop, measured_drop
+from tersor.bench.drop import measured_drop
 from tersor.bench.environment import environment
+from tersor.engines.load import available_cpus
 from tersor.errors import BudgetError, RunError, SpecError
 from tersor.methods.together import digest
+from tersor.ondemand.answer import MODEL, NEAREST, PLAN, RESULT, Answer, answer_in
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Given, Original, given, measured_original
 from tersor.ondemand.search import Facts, Found, Search, facts
 from tersor.runs import Run, processes
+from tersor.runs.executors import EXECUTORS, open_executor
 from tersor.runs.remaining import duration
-from tersor.specs import Budget, Plan, from_dict
+from tersor.specs import Budget
 
-MODEL, NEAREST, RESULT, PLAN = "model.tersor", "nearest.tersor", "result.json", "plan.json"
 DONE = "done"  # the kind of the last row
 NAMES = {
     "size_bytes": "size",
@@ -37,61 +39,6 @@ NAMES = {
     "drop_pt": "loss",
 }
 UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "drop_pt": "points"}
-
-
-@dc.dataclass(frozen=True, eq=False)
-class Answer:
-    """What came of a budget.
-
-    Attributes:
-        path: the model's file; None of a dry run
-        size_bytes, latency_ms, macs, energy_mj: what it costs; latency on `engine`
-        original: the same of the original (its weights in float32, PyTorch's eager float32)
-        speedup: over the original, in the same run
-        drop: what of the accuracy is lost, and how that is known
-        limits: the budget in these units
-        front: what could be had instead: JSON objects, each "measured" or predicted
-        plan: what was done layer by layer
-        notes: what a reader must know
-    """
-
-    path: pathlib.Path | None
-    size_bytes: float
-    latency_ms: float
-    macs: float
-    energy_mj: float
-    original: Mapping[str, float]
-    engine: str
-    speedup: float
-    drop: Any
-    limits: Mapping[str, float]
-    front: tuple[dict[str, Any], ...]
-    plan: Plan
-    notes: tuple[str, ...]
-    choice: Mapping[str, Any]
-    data: str
-    seconds: float
-    input_shape: tuple[int, int, int]
-
-    @property
-    def smaller(self) -> float:
-        """How many times smaller than the original's weights in float32."""
-        return self.original["size_bytes"] / self.size_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, without the plan."""
-        told = {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name != "plan"}
-        return {
-            **told,
-            "path": None if self.path is None else str(self.path),
-            "drop": self.drop if isinstance(self.drop, dict) else self.drop.to_dict(),
-            "original": dict(self.original),
-            "limits": dict(self.limits),
-            "front": list(self.front),
-            "notes": list(self.notes),
-            "choice": dict(self.choice),
-            "smaller": self.smaller,
-        }
 
 
 def compress(
@@ -108,6 +55,7 @@ def compress(
     use_labels: bool = True,
     dry_run: bool = False,
     seed: int = 0,
+    executor: str = "local",
     on_progress: Watch | None = None,
     on_interrupt: Callable[[], None] | None = None,
 ) -> Answer:
@@ -127,9 +75,13 @@ def compress(
     DataError, ModelError for what cannot be used, RunError where `out` belongs to another request or process, or
     cannot be written.
 
+    `executor` names where networks that lost channels are made and trained, several at once: local (here, one after
+    the other) or ray. All times are measured here.
+
     Killed at any moment, the same call goes on from what was measured and made (`runs.Run`); once there is an answer
     it gives that again. The first Ctrl-C (`on_interrupt` is called) finishes what is measured.
     """
+    EXECUTORS[executor]
     if not processes().alone:
         raise RunError("compress measures times and runs as one process: start it without torchrun")
     asked = budget if budget is not None else Budget(drop=0.5)
@@ -151,8 +103,9 @@ def compress(
         run.begin(**_settings(model, loaded, asked, chosen, use_labels=use_labels, seed=seed))
         if run.journal.find(kind=DONE):
             run.forget()
-            return _answered(directory)
+            return answer_in(directory)
         kept = Kept(directory, clock, run)
+        workers = open_executor(executor, threads=asked.threads or available_cpus())
         original = measured_original(
             loaded, asked, chosen, kept, use_labels=use_labels, seed=seed, watch=watch
         )
@@ -169,6 +122,7 @@ def compress(
             kept,
             relative_latency=bound is not None and bound.relative,
             seed=seed,
+            workers=workers,
             record=lambda row: _record(run, row),
             watch=watch,
         )
@@ -218,30 +172,6 @@ def _record(run: Run, row: dict[str, Any]) -> None:
     """Append a row, once."""
     if not run.journal.find(**{key: row[key] for key in ("step", "choice") if key in row}):
         run.journal.append(row)
-
-
-def _answered(directory: pathlib.Path) -> Answer:
-    """The answer that lies in `directory`. Raises BudgetError where that is a refusal, RunError for one that is not
-    whole."""
-    try:
-        told = json.loads((directory / RESULT).read_bytes())
-        plan = from_dict(json.loads((directory / PLAN).read_bytes()))
-        held = {f.name: told[f.name] for f in dc.fields(Answer) if f.name not in ("path", "plan")}
-        path = directory / (MODEL if told["met"] else NEAREST)
-        if path.stat().st_size != told["size_bytes"] or not isinstance(plan, Plan):
-            raise ValueError(f"{path.name} is not the file it tells of")
-        for name in ("front", "notes", "input_shape"):
-            held[name] = tuple(held[name])
-        again = f"found before, and kept in {directory}: nothing was measured again"
-        held |= {"notes": (*held["notes"], again), "drop": Drop.from_dict(held["drop"])}
-        answer, refusal = Answer(path=path, plan=plan, **held), told.get("refusal")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{directory} holds an answer that is not whole any more ({error}); remove it, or name another directory"
-        ) from None
-    if refusal is not None:
-        raise BudgetError(refusal)
-    return answer
 
 
 def _able_to_judge(original: Original, limits: Mapping[str, float]) -> Original:
