@@ -29,6 +29,7 @@ from tersor.bench.drop import Drop
 from tersor.data.unlabelled import unlabelled
 from tersor.errors import BudgetError, RunError, TersorError
 from tersor.methods.bit_options import BitOptions
+from tersor.ondemand.answer import write_json
 from tersor.ondemand.effort import Clock, Effort
 from tersor.runs import Run
 from tersor.specs import Budget, LayerPlan, Plan, Quantize
@@ -138,6 +139,15 @@ def original_logits(*given, **options):
     return np.random.default_rng(1).normal(size=(60, 10)).astype(np.float32)
 
 
+def tell(directory, *given, **options):
+    write_json(directory / "details.json", {})
+    return {}
+
+
+def write_page(directory, rows, pictures):
+    write_json(directory / "report.html", {"rows": len(rows)})
+
+
 def replace():
     """Put the above in the place of what computes."""
     torch.set_num_threads(1)
@@ -158,6 +168,7 @@ def replace():
     search.measured, trials.ChannelFamily, trials.bit_options = measured, Family, bit_options
     trials.time_cost = lambda *given: None
     build._network, compress.pack = network, packed_once
+    compress.tell, compress.write_page = tell, write_page
     build.deployment_graph = lambda *given: GRAPH
     images = np.random.default_rng(2).normal(size=(120, 1, 8, 8)).astype(np.float32)
     return unlabelled("noise", images)

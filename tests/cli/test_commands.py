@@ -120,7 +120,8 @@ def test_a_file_that_is_not_smaller_is_said_plainly(capsys, tmp_path, side, larg
 def test_people_get_text_and_json_gets_stdout_alone(home, capsys):
     weights = ("--weights", home / "net.safetensors")
     _, _, captured = run(capsys, "evaluate", "digits_net", *weights, "--data", "digits")
-    assert "accuracy" in captured.out
+    size = (home / "net.safetensors").stat().st_size
+    assert "accuracy" in captured.out and f"{size:,} bytes" in captured.out
     _, answer, captured = run(
         capsys, "evaluate", "digits_net", *weights, "--data", "digits", "--json"
     )

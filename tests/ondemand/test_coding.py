@@ -9,20 +9,9 @@ from tersor.bench.drop import measured_drop
 from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.errors import BudgetError
-from tersor.graph.layers import graph_layers
+from tersor.graph.layers import graph_layers, num_weights
 from tersor.ondemand.build import Network, request_of, rounded
-from tersor.ondemand.candidate import num_weights
 from tersor.ondemand.coding import bytes_of_scales, coded
-from tersor.ondemand.effort import effort_of
-from tersor.ondemand.original import measured_original
-from tersor.specs import Budget
-
-
-@pytest.fixture(scope="module")
-def original(net):
-    return measured_original(
-        net, "digits", Budget(drop=1), effort_of("quick", 0.1), watch=lambda *told: None
-    )
 
 
 @pytest.fixture(scope="module")

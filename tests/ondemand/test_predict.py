@@ -5,13 +5,8 @@ import dataclasses as dc
 import numpy as np
 import pytest
 
-from tersor.ondemand.effort import Clock, effort_of
-from tersor.ondemand.original import measured_original
 from tersor.ondemand.predict import STATIC, Predictor
 from tersor.ondemand.search import Search, facts
-from tersor.specs import Budget
-
-EFFORT = effort_of("quick", 0.1)
 
 
 def silent(text, share):
@@ -19,13 +14,8 @@ def silent(text, share):
 
 
 @pytest.fixture(scope="module")
-def original(net):
-    return measured_original(net, "digits", Budget(drop=1), EFFORT, watch=silent)
-
-
-@pytest.fixture(scope="module")
-def known(original, tmp_path_factory):
-    return facts(original, EFFORT, tmp_path_factory.mktemp("facts"), watch=silent)
+def known(original, effort, kept):
+    return facts(original, effort, kept, watch=silent)
 
 
 @pytest.fixture
@@ -71,10 +61,8 @@ def test_the_harm_allowed_is_not_predicted_to_lose_more(predictor, known, drop):
     assert predictor.harm_of(2 * drop) >= harm
 
 
-def test_a_search_where_nothing_fits_tries_other_forms(original, known, tmp_path, monkeypatch):
-    search = Search(
-        original, known, {"size_bytes": 50.0}, EFFORT, tmp_path, Clock(1e6), watch=silent
-    )
+def test_a_search_where_nothing_fits_tries_other_forms(original, known, effort, kept, monkeypatch):
+    search = Search(original, known, {"size_bytes": 50.0}, effort, kept, watch=silent)
     built = []
     monkeypatch.setattr(
         search, "_build", lambda number, point, bits: built.append(point.form.choice)

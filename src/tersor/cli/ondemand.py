@@ -36,6 +36,7 @@ def compress(
     labels: bool = True,
     input_shape: tuple[int, int, int] | None = None,
     dry_run: bool = False,
+    examples: bool = True,
     recipe: str | None = None,
     weights: Weights = None,
     num_classes: int | None = None,
@@ -48,7 +49,8 @@ def compress(
     """A budget in, the best model found within it out; or the steps of a recipe.
 
     Args:
-        out: directory of the answer (model.tersor, plan.json, result.json, rows.jsonl); with --recipe a .tersor file
+        out: directory of the answer (model.tersor, report.html, plan.json, result.json, details.json, rows.jsonl);
+            with --recipe a .tersor file
         data: some inputs, labelled or not; without, inputs are made from the network's batch norms
         size: of the file: 500kB, 1.5MB, "10x smaller" than the weights in float32
         latency: of one batch on this machine: 2ms, "6x faster" than PyTorch's eager float32
@@ -62,6 +64,7 @@ def compress(
         labels: judge by the labels of the validation part, where there are some
         input_shape: channels height width, without --data
         dry_run: print what would be built
+        examples: show small pictures of inputs whose answer changed in report.html
         recipe: a JSON file: {"steps": [{"kind": "prune", ...}, {"kind": "finetune", ...}, {"kind": "quantize", ...}]}
         save_weights: with --recipe, also write the network's weights before it is quantized (.safetensors)
         measure: with --recipe, as of prune
@@ -98,6 +101,7 @@ def compress(
             input_shape=input_shape,
             use_labels=labels,
             dry_run=dry_run,
+            examples=examples,
             executor=executor,
             seed=seed,
             on_progress=watch,
@@ -153,6 +157,7 @@ def _show(output: Output, answer: Answer, dry_run: bool) -> None:
         return
     assert answer.path is not None, "only a dry run writes no file"
     say(output, f"wrote {answer.path} in {answer.seconds:.0f} s")
+    say(output, f"report: {answer.report}")
     say(output, next_steps(answer.path, answer.engine, answer.input_shape))
 
 

@@ -105,10 +105,10 @@ def report(
     markdown: str | None = None,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Write the tables, figures and page of a directory that holds rows.jsonl.
+    """Write the tables, figures and page of a directory that holds rows.jsonl; of an answer of compress its page.
 
     Args:
-        markdown: also write the Markdown tables to this file, with links to the figures of DIR
+        markdown: of a study: also write the Markdown tables to this file, with links to the figures of DIR
     """
     from tersor.report import markdown as to_markdown
     from tersor.report import write_report
@@ -116,8 +116,12 @@ def report(
 
     source = pathlib.Path(directory) / "rows.jsonl"
     if not source.is_file():
-        raise RunError(f"no such file: {source}; a study or the demonstration writes it")
+        raise RunError(
+            f"no such file: {source}; a study, the demonstration or tersor compress writes it"
+        )
     rows = read_rows(source)
+    if (source.parent / "result.json").is_file():
+        return _answers_page(source.parent, rows, markdown, output)
     page = write_report(rows, pathlib.Path(directory))
     answer: dict[str, Any] = {"report": str(page), "rows": len(rows)}
     if markdown is not None:
@@ -129,6 +133,18 @@ def report(
         answer["markdown"] = markdown
     _show_closing(output, rows, page)
     return answer
+
+
+def _answers_page(
+    directory: pathlib.Path, rows: list[dict[str, Any]], markdown: str | None, output: Output
+) -> dict[str, Any]:
+    from tersor.ondemand.page import write_page
+
+    if markdown is not None:
+        raise SpecError(f"--markdown does not apply to {directory}: it holds an answer, no study")
+    page = write_page(directory, rows)
+    say(output, f"report: {page}")
+    return {"report": str(page), "rows": len(rows)}
 
 
 def _show_closing(output: Output, rows: list[dict[str, Any]], page: pathlib.Path) -> None:

@@ -10,10 +10,9 @@ import onnx
 from onnx import numpy_helper
 
 from tersor.engines.onnxruntime import inference_session
-from tersor.graph.layers import attribute
+from tersor.graph.layers import CODES, DECODED, attribute
 
 Array = npt.NDArray[Any]
-CODES, DECODED = "_quantized", "_dequantized"
 
 
 def constant_values(graph: onnx.ModelProto) -> dict[str, Array]:

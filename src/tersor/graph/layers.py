@@ -19,6 +19,8 @@ WEIGHT_LAYERS = (
     nn.Linear,
 )
 WEIGHT_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# What a weight that is stored as codes adds to its name: the codes, and the floats made of them.
+CODES, DECODED = "_quantized", "_dequantized"
 
 
 def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -73,6 +75,27 @@ def graph_layers(graph: onnx.ModelProto) -> list[GraphLayer]:
             name, weight, node.op_type, (index,), math.prod(dims), macs, axis, problem
         )
     return list(found.values())
+
+
+def read_by_layers(graph: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+    """Of each layer of `graph`, coded or not, by its name: the value that it reads first and the initializer that
+    holds its weight, or the codes of it."""
+    held = {i.name for i in graph.graph.initializer}
+    found: dict[str, tuple[str, str]] = {}
+    for node in graph.graph.node:
+        if node.op_type not in WEIGHT_OPS or len(node.input) < 2:
+            continue
+        weight = node.input[1].removesuffix(DECODED)
+        stored = weight if weight in held else f"{weight}{CODES}"
+        if stored in held:
+            found.setdefault(weight.removesuffix(".weight"), (str(node.input[0]), stored))
+    return found
+
+
+def num_weights(graph: onnx.ModelProto) -> int:
+    """Elements of the weights of all layers of `graph`, coded or not."""
+    sizes = {i.name: math.prod(i.dims) for i in graph.graph.initializer}
+    return sum(sizes[stored] for stored in {name for _, name in read_by_layers(graph).values()})
 
 
 def attribute(node: onnx.NodeProto, name: str, default: float) -> float:

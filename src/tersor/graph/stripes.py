@@ -22,8 +22,7 @@ import onnx
 from onnx import numpy_helper
 from torch import nn
 
-from tersor.graph.constants import DECODED
-from tersor.graph.layers import GraphLayer, graph_layers, value_shapes, weight_layers
+from tersor.graph.layers import DECODED, GraphLayer, graph_layers, value_shapes, weight_layers
 
 Array = npt.NDArray[Any]
 DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,4 +1,4 @@
-"""What came of a budget, and the directory it lies in."""
+"""What came of a budget: the answer, its files, and the words of a refusal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from tersor.artifact.storage import write_whole
 from tersor.bench.drop import Drop
 from tersor.errors import BudgetError, RunError
+from tersor.ondemand.page import PAGE
+from tersor.ondemand.search import Found
 from tersor.specs import Plan, from_dict
 
 MODEL, NEAREST, RESULT, PLAN = "model.tersor", "nearest.tersor", "result.json", "plan.json"
+NAMES = {
+    "size_bytes": "size",
+    "latency_ms": "latency",
+    "macs": "number of multiplications",
+    "energy_mj": "energy",
+    "drop_pt": "loss",
+}
+UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "drop_pt": "points"}
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -54,6 +65,11 @@ class Answer:
         """How many times smaller than the original's weights in float32."""
         return self.original["size_bytes"] / self.size_bytes
 
+    @property
+    def report(self) -> pathlib.Path | None:
+        """The page that tells of it; None of a dry run."""
+        return None if self.path is None else self.path.with_name(PAGE)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, without the plan."""
         told = {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name != "plan"}
@@ -70,7 +86,7 @@ class Answer:
         }
 
 
-def answer_in(directory: pathlib.Path) -> Answer:
+def answered(directory: pathlib.Path) -> Answer:
     """The answer that lies in `directory`. Raises BudgetError where that is a refusal, RunError for one that is not
     whole."""
     try:
@@ -92,3 +108,38 @@ def answer_in(directory: pathlib.Path) -> Answer:
     if refusal is not None:
         raise BudgetError(refusal)
     return answer
+
+
+def refusal(found: Found, answer: Answer) -> str:
+    """Why nothing fits, in words: the nearest, the bound that is passed and the layer that binds."""
+    costs = {
+        "size_bytes": answer.size_bytes,
+        "latency_ms": answer.latency_ms,
+        "macs": answer.macs,
+        "energy_mj": answer.energy_mj,
+        "drop_pt": found.answer.drop.judged_pt,
+    }
+    met = ", ".join(
+        f"{NAMES[axis]} {in_words(axis, costs[axis])} where {in_words(axis, limit)} may be"
+        for axis, limit in found.limits.items()
+    )
+    return (
+        f"no model that was found is within the budget; the nearest has {met}. What binds is the "
+        f"{NAMES[found.axis]}, at layer {found.layer!r}. It is written as {answer.path}, and {answer.report} shows "
+        "it: raise that bound, or take more effort"
+    )
+
+
+def in_words(axis: str, value: float) -> str:
+    """A cost with its unit: "75.4 kB", "1.29 ms", "555M", "0.15 mJ", "0.36 points"."""
+    if axis == "size_bytes":
+        return f"{value / 1000:,.4g} kB"
+    if axis == "macs":
+        return f"{value / 1e6:,.4g}M"
+    return f"{value:.3g} {UNITS[axis]}"
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Write `value` whole or not at all. Raises as `write_whole`."""
+    data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    write_whole(path, [data], len(data))

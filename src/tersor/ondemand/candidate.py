@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses as dc
 import importlib.metadata
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from tersor.bench.energy import counted_energy_mj
 from tersor.bench.timing import time_apart
 from tersor.engines import open_session
 from tersor.engines.load import logits_of
+from tersor.graph.layers import num_weights
 from tersor.methods.restore import plan_of
 from tersor.ondemand.original import EAGER, Original
 from tersor.specs import Plan
@@ -78,12 +78,6 @@ def measured_before(row: Mapping[str, Any], place: pathlib.Path) -> Measured:
     )
 
 
-def num_weights(graph: onnx.ModelProto) -> int:
-    """Weights of a graph, in whatever form it holds them; scales and biases are none."""
-    sizes = (math.prod(held.dims) for held in graph.graph.initializer if len(held.dims) > 1)
-    return sum(sizes)
-
-
 def measured(
     original: Original,
     graph: onnx.ModelProto,
@@ -126,7 +120,7 @@ def measured(
         {EAGER: eager, MODEL: session}, original.input_shape, original.batch, seconds=seconds
     )
     logits = logits_of(session, original.held)
-    weights = num_weights(graph)
+    weights = float(num_weights(graph))
     integers = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     costs = {
         "size_bytes": float(size),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import json
 import math
 import os
 import pathlib
@@ -19,11 +18,21 @@ from tersor.bench.environment import environment
 from tersor.engines.load import available_cpus
 from tersor.errors import BudgetError, RunError, SpecError
 from tersor.methods.together import digest
-from tersor.ondemand.answer import MODEL, NEAREST, PLAN, RESULT, Answer, answer_in
+from tersor.ondemand.answer import (
+    MODEL,
+    NEAREST,
+    PLAN,
+    RESULT,
+    Answer,
+    answered,
+    refusal,
+    write_json,
+)
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Given, Original, given, measured_original
+from tersor.ondemand.page import tell, write_page
 from tersor.ondemand.search import Facts, Found, Search, facts
 from tersor.runs import Run, processes
 from tersor.runs.executors import EXECUTORS, open_executor
@@ -31,14 +40,6 @@ from tersor.runs.remaining import duration
 from tersor.specs import Budget
 
 DONE = "done"  # the kind of the last row
-NAMES = {
-    "size_bytes": "size",
-    "latency_ms": "latency",
-    "macs": "number of multiplications",
-    "energy_mj": "energy",
-    "drop_pt": "loss",
-}
-UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "drop_pt": "points"}
 
 
 def compress(
@@ -54,6 +55,7 @@ def compress(
     input_shape: tuple[int, int, int] | None = None,
     use_labels: bool = True,
     dry_run: bool = False,
+    examples: bool = True,
     seed: int = 0,
     executor: str = "local",
     on_progress: Watch | None = None,
@@ -69,11 +71,12 @@ def compress(
     standard (15 minutes, learns from the original), max; `minutes` sets another time. Times are those of this
     machine, on the engine that was the fastest of the right ones.
 
-    `out` gets model.tersor, plan.json, result.json and rows.jsonl (one row a candidate). With `dry_run` nothing but
-    what must be measured is built, and the answer holds the prediction. Raises BudgetError where no model that was
-    found fits: it names the best, which is written as nearest.tersor, the bound and the layer that binds; SpecError,
-    DataError, ModelError for what cannot be used, RunError where `out` belongs to another request or process, or
-    cannot be written.
+    `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html, a
+    page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out. With
+    `dry_run` nothing but what must be measured is built, and the answer holds the prediction. Raises BudgetError
+    where no model that was found fits: it names the best, which is written as nearest.tersor, the bound and the
+    layer that binds; SpecError, DataError, ModelError for what cannot be used, RunError where `out` belongs to
+    another request or process, or cannot be written.
 
     `executor` names where networks that lost channels are made and trained, several at once: local (here, one after
     the other) or ray. All times are measured here.
@@ -103,7 +106,7 @@ def compress(
         run.begin(**_settings(model, loaded, asked, chosen, use_labels=use_labels, seed=seed))
         if run.journal.find(kind=DONE):
             run.forget()
-            return answer_in(directory)
+            return answered(directory)
         kept = Kept(directory, clock, run)
         workers = open_executor(executor, threads=asked.threads or available_cpus())
         original = measured_original(
@@ -128,16 +131,22 @@ def compress(
         )
         if dry_run:
             answer = _predicted(original, known, search, limits, clock)
-            _write_json(directory / PLAN, {"predicted": True, **answer.to_dict()})
+            write_json(directory / PLAN, {"predicted": True, **answer.to_dict()})
             return answer
         found = search.run()
         watch("writing the answer", 0.0)
         answer = _written(original, found, directory, clock)
         _record(run, {"step": "answer", "met": found.met, **answer.to_dict()})
+        name = model if isinstance(model, str) else type(model).__name__
+        assert answer.path is not None, "only a dry run writes no file"
+        told = (original, known, found.answer, answer.path, chosen)
+        watch("the report", 0.0)
+        pictures = tell(directory, *told, model=name, seed=seed, examples=examples)
+        write_page(directory, run.journal.rows(), pictures=pictures)
         run.journal.append({"kind": DONE})
         run.forget()
         if not found.met:
-            raise BudgetError(_refusal(found, answer))
+            raise BudgetError(refusal(found, answer))
     return answer
 
 
@@ -199,13 +208,15 @@ def _written(original: Original, found: Found, directory: pathlib.Path, clock: C
         size = int(best.costs["size_bytes"])
         write_whole(target, [best.path.read_bytes()], size)
     answer = _answer(original, found, best, target, float(size), clock)
-    _write_json(directory / PLAN, best.plan.to_dict())
-    _write_json(
+    write_json(directory / PLAN, best.plan.to_dict())
+    write_json(
         directory / RESULT,
         {
             "met": found.met,
+            "axis": found.axis,
+            "layer": found.layer,
             **answer.to_dict(),
-            **({} if found.met else {"refusal": _refusal(found, answer)}),
+            **({} if found.met else {"refusal": refusal(found, answer)}),
             "environment": environment(),
         },
     )
@@ -290,34 +301,6 @@ def _predicted(
     )
 
 
-def _refusal(found: Found, answer: Answer) -> str:
-    costs = {
-        "size_bytes": answer.size_bytes,
-        "latency_ms": answer.latency_ms,
-        "macs": answer.macs,
-        "energy_mj": answer.energy_mj,
-        "drop_pt": found.answer.drop.judged_pt,
-    }
-    met = ", ".join(
-        f"{NAMES[axis]} {in_words(axis, costs[axis])} where {in_words(axis, limit)} may be"
-        for axis, limit in found.limits.items()
-    )
-    return (
-        f"no model that was found is within the budget; the nearest has {met}. What binds is the "
-        f"{NAMES[found.axis]}, at layer {found.layer!r}. It is written as {answer.path}: "
-        "raise that bound, or take more effort"
-    )
-
-
-def in_words(axis: str, value: float) -> str:
-    """A cost with its unit: "75.4 kB", "1.29 ms", "555M", "0.15 mJ", "0.36 points"."""
-    if axis == "size_bytes":
-        return f"{value / 1000:,.4g} kB"
-    if axis == "macs":
-        return f"{value / 1e6:,.4g}M"
-    return f"{value:.3g} {UNITS[axis]}"
-
-
 def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> dict[str, Any]:
     return {
         "step": "original",
@@ -329,8 +312,3 @@ def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> 
         "float_engine_ms": original.engine_ms,
         "environment": environment(),
     }
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-    write_whole(path, [data], len(data))

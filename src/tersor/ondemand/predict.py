@@ -28,6 +28,7 @@ NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of th
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
 # training; corrected by the first candidate.
 FITTED, TRAINED = 0.4, 0.15
+RATED = 0.4  # of the harm of bits by layer, where codes are chosen by rate and distortion at as many bytes
 STATIC, FLOAT = "static", "weight_only"  # modes: integers, or codes that are computed with in float
 FLOAT_MAY_WIN = 1.5  # times the integers' latency
 FIXED = 0.15  # of a float network's time that channels have no part in
@@ -60,7 +61,7 @@ class Predictor:
         trains: bool = False,
     ) -> None:
         self.original, self.family, self.bits, self.first = original, family, bits, first
-        self.factors = Factors(TRAINED if trains else FITTED)
+        self.factors = Factors(*((TRAINED, RATED) if trains else (FITTED, 1.0)))
         whole = sum(b.harm_kl[max(b.harm_kl)] for b in bits.values())
         self.activations = max(first.drop.harm_kl - whole, 0.0)
         told = sum(

@@ -40,7 +40,7 @@ FRONT = 16  # points of the front that are told
 ENGINES_AT_ONE = ("onnxruntime", "openvino")  # at larger batches all that are here are tried
 SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
 AHEAD = 4  # networks that are made at once where there are workers
-TRAINED_SHARE = 0.7  # of the time left goes into one training
+TRAINED_SHARE = 0.6  # of the time left goes into one training
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 Record = Callable[[dict[str, Any]], None]
 
@@ -146,11 +146,10 @@ class Search:
         )
         self.made: list[Measured] = []
         self.workers = workers or open_executor("local")
-        self._spread_out: set[float] = (
-            set()
-        )  # shares whose networks were made where the workers are
+        self._spread_out: set[float] = set()  # shares whose networks the workers made
         self._networks: dict[float, Network] = {1.0: known.whole}
         self._priced: dict[float, Priced] = {}
+        self._making = 0.0  # seconds of the last build that its network took, with its training
         self.notes = list(known.notes)
         self._failed: set[Any] = set()  # forms that could not be built
         self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
@@ -190,9 +189,9 @@ class Search:
                     continue
                 break
             tried.add(key)
-            before = self.clock.passed
+            before, self._making = self.clock.passed, 0.0
             self._build(number, point, bits)
-            last = self.clock.passed - before
+            last = self.clock.passed - before - self._making
         return self.found()
 
     def found(self) -> Found:
@@ -281,7 +280,7 @@ class Search:
         distortion: with few bits, an effort that has the time, and a price that comes to these bytes."""
         share, mode = point.form.choice
         spare = self.clock.left - coding.seconds_to_code(made)
-        if self.effort.trains and few_bits(bits) and spare > 2 * self.known.first.seconds:
+        if self.effort.trains and few_bits(bits) and spare > self.known.first.seconds:
             size = point.costs[SIZE] - self.predictor.beside - coding.bytes_of_scales(made)
             spec = request_of(self.original, mode, True)
             near = self._priced.get(share)
@@ -296,8 +295,10 @@ class Search:
 
     def _network(self, share: float) -> Network:
         if share not in self._networks:
+            started = self.clock.passed
             wanted = self._wanted(share)
             self._networks[share] = network(self.original, wanted, self.kept, self.watch)
+            self._making = self.clock.passed - started
         return self._networks[share]
 
     def _wanted(self, share: float) -> Wanted:

@@ -104,7 +104,7 @@ details caption { position: absolute; width: 1px; height: 1px; overflow: hidden;
   clip-path: inset(50%); }
 footer { padding-block: 1.5rem 3rem; border-top: 1px solid var(--rule); }
 @media (max-width: 40rem) {
-  tbody th { max-width: 9.5rem; min-width: 4rem; white-space: normal; overflow-wrap: anywhere;
+  tbody th, tbody th.short { max-width: 9.5rem; min-width: 7rem; white-space: normal; overflow-wrap: anywhere;
   box-shadow: 1px 0 0 var(--rule); }
   th, td { padding-inline: 0.6rem; }
   main > section { margin-block: 2.75rem; }
