@@ -17,7 +17,7 @@ from torch import nn
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.graph.constants import Array
-from tersor.methods.checkpoint import read_state_, write_state
+from tersor.methods.checkpoint import read_state_, state_bytes, write_state
 from tersor.methods.finetune import Progress, finetune
 from tersor.methods.restore import restructured, unheld
 from tersor.methods.squeezing import squeeze
@@ -180,7 +180,7 @@ def _kept(
     def keep(place: pathlib.Path) -> dict[str, Any] | None:
         made.append(make(place / CHECKPOINT))
         network, plan = made[0]
-        write_state(place / STATE, network)
+        write_state(place / STATE, state_bytes(network))
         for checkpoint in place.glob(f"{CHECKPOINT}*"):
             checkpoint.unlink()
         return None if plan is None else plan.to_dict()

@@ -82,7 +82,9 @@ def two(tmp_path_factory):
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", ["plain", "masked_with_hints", "special_gradients", "few_bits"])
+@pytest.mark.parametrize(
+    "case", ["plain", "masked_with_hints", "special_gradients", "few_bits", "coded"]
+)
 def test_two_processes_learn_what_one_does_and_both_hold_the_same(alone, two, case):
     expected, (leader, other) = alone[case], (rank["states"][case] for rank in two)
     assert list(expected) == list(leader) == list(other)

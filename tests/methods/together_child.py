@@ -16,9 +16,10 @@ from tersor.errors import TersorError
 from tersor.methods import training as loop
 from tersor.methods.finetune import finetune
 from tersor.methods.qat import train_quantized
+from tersor.methods.squeezing import squeeze
 from tersor.models import load_model
 from tersor.runs import Run, processes
-from tersor.specs import Finetune
+from tersor.specs import Finetune, Squeeze
 
 TINY = Finetune(epochs=2, learning_rate=0.05, batch_size=17, precision="float32", compile="off")
 
@@ -62,6 +63,12 @@ def digits_net(seed=3):
     return load_model("digits_net", seed=seed)
 
 
+def small_net():
+    torch.manual_seed(1)
+    maps = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*maps, nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 10)).eval()
+
+
 def masks(module):
     generator = torch.Generator().manual_seed(5)
     return {
@@ -92,7 +99,16 @@ def few_bits():
     return train_quantized(digits_net(), make_splits(), training=spec, **options).trained
 
 
-CASES = {f.__name__: f for f in (plain, masked_with_hints, special_gradients, few_bits)}
+def coded():
+    """Trained with the bits of the file: what steers the size sees the same weights in every process."""
+    size = {"size": "3kB", "start": 2.0, "num_calibration": 16, "augment": "none"}
+    spec = Squeeze(**size, epochs=1, learning_rate=0.01, batch_size=17, precision="float32")
+    found = squeeze(small_net(), make_splits(), spec).trained
+    assert found is not None
+    return found
+
+
+CASES = {f.__name__: f for f in (plain, masked_with_hints, special_gradients, few_bits, coded)}
 
 
 def oracle(among):

@@ -25,11 +25,16 @@ def write_checkpoint(path: pathlib.Path, spec: Finetune, parts: Mapping[str, Any
     write_whole(path, [held.getbuffer()], held.getbuffer().nbytes, again=True)
 
 
-def write_state(path: pathlib.Path, module: nn.Module) -> None:
-    """Write parameters and buffers of a network. Raises RunError where it cannot be written."""
+def state_bytes(module: nn.Module) -> bytes:
+    """Parameters and buffers of a network, for `write_state`."""
     held = io.BytesIO()
     torch.save(module.state_dict(), held)
-    write_whole(path, [held.getbuffer()], held.getbuffer().nbytes)
+    return held.getvalue()
+
+
+def write_state(path: pathlib.Path, state: bytes) -> None:
+    """Write what `state_bytes` gave. Raises RunError where it cannot be written."""
+    write_whole(path, [state], len(state))
 
 
 def read_state_(path: pathlib.Path, module: nn.Module) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses as dc
 import pathlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,17 @@ from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
-from tersor.methods.checkpoint import read_state_, write_state
+from tersor.methods.checkpoint import read_state_, state_bytes, write_state
 from tersor.methods.finetune import finetune
-from tersor.methods.prune_auto import Units
-from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.restore import restructured
-from tersor.ondemand.effort import Effort, Watch
+from tersor.ondemand.effort import Clock, Watch
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original
 from tersor.pipeline import CALIBRATION_BATCH, deployment_graph
 from tersor.runs.directory import CHECKPOINT
-from tersor.specs import Finetune, Plan, Quantize, from_dict
+from tersor.runs.executors import Executor
+from tersor.specs import Finetune, Plan, Quantize
 
 FloatArray = npt.NDArray[np.float32]
 LEARNED_BITS = (
@@ -46,7 +46,7 @@ TRAINING = Finetune(
     ema_decay=0.995,
     compile="off",
 )
-STATE = "state.pt"
+NETWORK, STATE = "network", "state.pt"
 SPEED_STEPS = 6  # of training, to learn how many a second there are
 
 
@@ -65,62 +65,101 @@ class Network:
     epochs: float = 0.0
 
 
-def network(
-    original: Original,
-    family: ChannelFamily | None,
-    share: float,
-    units: Units,
-    effort: Effort,
-    kept: Kept,
-    *,
-    train_seconds: float = 0.0,
-    seed: int = 0,
-    watch: Watch,
-) -> Network:
-    """The network with `units` gone, what is left fitted to the original's outputs, batch norms re-estimated, and
-    with `train_seconds` trained to answer as the original does; no labels. A training goes on from its checkpoint."""
+@dc.dataclass(frozen=True, eq=False)
+class Wanted:
+    """A network to be made: the share of its channels' cost that stays, the plan of what goes (None: nothing), and for
+    how long it may learn."""
+
+    share: float
+    plan: Plan | None
+    train_seconds: float = 0.0
+    seed: int = 0
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What it is known by: not the time, which is another one when it is asked again."""
+        return {"share": self.share, "plan": None if self.plan is None else self.plan.to_dict()}
+
+
+def network(original: Original, wanted: Wanted, kept: Kept, watch: Watch) -> Network:
+    """The network without what the plan removes, what is left fitted to the original's outputs, batch norms
+    re-estimated, and where there is time for it trained to answer as the original does; no labels. A training goes on
+    from its checkpoint."""
     made: list[Network] = []
 
-    def make(place: pathlib.Path) -> dict[str, Any]:
-        training = _Training(original, train_seconds if effort.trains else 0.0, seed, watch, kept)
-        found = _network(original, family, share, units, training, place / CHECKPOINT)
-        made.append(found)
-        write_state(place / STATE, found.module)
+    def make(place: pathlib.Path) -> dict[str, float]:
+        made.append(_network(original, wanted, place / CHECKPOINT, kept, watch))
+        write_state(place / STATE, state_bytes(made[0].module))
         (place / CHECKPOINT).unlink(missing_ok=True)
-        plan = None if found.plan is None else found.plan.to_dict()
-        return {"plan": plan, "harm_kl": found.harm_kl, "epochs": found.epochs}
+        return _told(made[0])
 
-    asked = {"share": share, "units": {name: held.tolist() for name, held in units.items()}}
-    told, place = kept.piece("network", asked, make)
+    told, place = kept.piece(NETWORK, wanted.request, make)
     if made:
         return made[0]
-    plan = None if told["plan"] is None else from_dict(told["plan"])
-    assert plan is None or isinstance(plan, Plan), "as it was written"
     module = copy.deepcopy(original.module)
-    if plan is not None:
-        module = restructured(module, plan)
+    if wanted.plan is not None:
+        module = restructured(module, wanted.plan)
     read_state_(place / STATE, module)
-    graph = original.graph if plan is None else deployment_graph(module, original.input_shape)
-    return Network(share, module.eval(), graph, plan, told["harm_kl"], told["epochs"])
+    graph = original.graph
+    if wanted.plan is not None:
+        graph = deployment_graph(module, original.input_shape)
+    return Network(wanted.share, module.eval(), graph, wanted.plan, told["harm_kl"], told["epochs"])
+
+
+def networks_elsewhere(
+    original: Original, wanted: Sequence[Wanted], kept: Kept, workers: Executor, watch: Watch
+) -> tuple[dict[float, float], list[str]]:
+    """Make those that are not kept already where `workers` are, all at once, for `network` to find: the harm of each
+    by its share, and in words what became of the others."""
+    missing = {f"network {w.share:g}": w for w in wanted if not kept.held(NETWORK, w.request)}
+    problems = []
+    for outcome in workers.run(_elsewhere, original, missing, watch=watch, check=kept.check):
+        if outcome.error is not None:
+            problems.append(f"{outcome.name} was not made: {outcome.error}")
+            continue
+        told, state = outcome.value
+
+        def keep(place: pathlib.Path, told: Any = told, state: bytes = state) -> Any:
+            write_state(place / STATE, state)
+            return told
+
+        kept.piece(NETWORK, missing[outcome.name].request, keep)
+    harms = {}
+    for each in wanted:
+        if kept.held(NETWORK, each.request):
+            harms[each.share] = kept.piece(NETWORK, each.request, _told_before)[0]["harm_kl"]
+    return harms, problems
+
+
+def _elsewhere(original: Original, wanted: Wanted, watch: Watch) -> tuple[dict[str, float], bytes]:
+    """A worker's part: what is told of the network, and its state."""
+    with tempfile.TemporaryDirectory() as name:
+        place = pathlib.Path(name)
+        kept = Kept(place, Clock(1.0))
+        made = _network(original, wanted, place / CHECKPOINT, kept, watch)
+    return _told(made), state_bytes(made.module)
+
+
+def _told(made: Network) -> dict[str, float]:
+    return {"harm_kl": made.harm_kl, "epochs": made.epochs}
+
+
+def _told_before(_: pathlib.Path) -> Any:
+    raise AssertionError("a piece that is kept is not made")
 
 
 def _network(
-    original: Original,
-    family: ChannelFamily | None,
-    share: float,
-    units: Units,
-    training: _Training,
-    checkpoint: pathlib.Path,
+    original: Original, wanted: Wanted, checkpoint: pathlib.Path, kept: Kept, watch: Watch
 ) -> Network:
-    seed, watch = training.seed, training.watch
-    module, plan, epochs = original.module, None, 0.0
+    share, plan, seed = wanted.share, wanted.plan, wanted.seed
+    module, epochs = original.module, 0.0
     inputs = batches_of(original.inputs)
-    if family is not None and any(len(held) for held in units.values()):
+    if plan is not None:
         watch(f"{share:.0%} of the channels' time: removing, fitting", 0.0)
-        plan = family.plan(units)
         module = structured.apply(original.module, plan, inputs=inputs, seed=seed)
         module = reestimate_batch_norm(module, inputs, original=original.module)
-        if training.seconds > 0:
+        if wanted.train_seconds > 0:
+            training = _Training(original, wanted.train_seconds, seed, watch, kept)
             module, epochs = training.trained(module, share, checkpoint)
             module = reestimate_batch_norm(module, inputs, original=original.module)
     graph = original.graph

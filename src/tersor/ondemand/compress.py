@@ -15,6 +15,7 @@ from tersor.artifact import load, pack, save
 from tersor.artifact.storage import write_whole
 from tersor.bench.drop import measured_drop
 from tersor.bench.environment import environment
+from tersor.engines.load import available_cpus
 from tersor.errors import BudgetError, RunError, SpecError
 from tersor.methods.together import digest
 from tersor.ondemand.answer import (
@@ -34,6 +35,7 @@ from tersor.ondemand.original import Given, Original, given, measured_original
 from tersor.ondemand.page import tell, write_page
 from tersor.ondemand.search import Facts, Found, Search, facts
 from tersor.runs import Run, processes
+from tersor.runs.executors import EXECUTORS, open_executor
 from tersor.runs.remaining import duration
 from tersor.specs import Budget
 
@@ -55,6 +57,7 @@ def compress(
     dry_run: bool = False,
     examples: bool = True,
     seed: int = 0,
+    executor: str = "local",
     on_progress: Watch | None = None,
     on_interrupt: Callable[[], None] | None = None,
 ) -> Answer:
@@ -75,9 +78,13 @@ def compress(
     layer that binds; SpecError, DataError, ModelError for what cannot be used, RunError where `out` belongs to
     another request or process, or cannot be written.
 
+    `executor` names where networks that lost channels are made and trained, several at once: local (here, one after
+    the other) or ray. All times are measured here.
+
     Killed at any moment, the same call goes on from what was measured and made (`runs.Run`); once there is an answer
     it gives that again. The first Ctrl-C (`on_interrupt` is called) finishes what is measured.
     """
+    EXECUTORS[executor]
     if not processes().alone:
         raise RunError("compress measures times and runs as one process: start it without torchrun")
     asked = budget if budget is not None else Budget(drop=0.5)
@@ -101,6 +108,7 @@ def compress(
             run.forget()
             return answered(directory)
         kept = Kept(directory, clock, run)
+        workers = open_executor(executor, threads=asked.threads or available_cpus())
         original = measured_original(
             loaded, asked, chosen, kept, use_labels=use_labels, seed=seed, watch=watch
         )
@@ -117,6 +125,7 @@ def compress(
             kept,
             relative_latency=bound is not None and bound.relative,
             seed=seed,
+            workers=workers,
             record=lambda row: _record(run, row),
             watch=watch,
         )

@@ -14,6 +14,7 @@ from tersor.artifact.storage import write_whole
 from tersor.errors import RunError
 from tersor.ondemand.effort import Clock
 from tersor.runs import Run
+from tersor.runs.directory import RESULT
 
 Make = Callable[[pathlib.Path], Any]
 
@@ -48,6 +49,15 @@ class Kept:
         if not made:
             self.clock.spend(found["seconds"])
         return found["value"], place
+
+    def held(self, name: str, request: Mapping[str, Any]) -> bool:
+        """Whether the piece is there."""
+        return self.run is not None and (self.run.place(name, request) / RESULT).exists()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where Ctrl-C came: what is done is kept."""
+        if self.run is not None:
+            self.run.check()
 
 
 def write_array(path: pathlib.Path, array: npt.NDArray[Any]) -> None:

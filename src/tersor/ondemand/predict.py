@@ -179,13 +179,17 @@ class Predictor:
             ratio = self.original.judged_pt(found.drop) / expected
             self._judged.append((float(np.log(harm)), float(np.clip(ratio, 0.4, 2.5))))
 
+    def hear_network(self, share: float, harm: float) -> None:
+        """Learn the KL divergence of the network that was made with that share."""
+        self._made[share] = harm
+        _, raw = self.units(share)
+        if raw > 0:
+            self.factors.channels = float(np.clip(harm / raw, 0.005, 3.0))
+
     def correct(self, point: Point, found: Measured, network_harm: float) -> None:
         """Learn from a candidate: `network_harm` is the KL divergence of its network before it got its bits."""
         (share, mode), factors = point.form.choice, self.factors
-        _, raw = self.units(share)
-        self._made[share] = network_harm
-        if raw > 0:
-            factors.channels = float(np.clip(network_harm / raw, 0.005, 3.0))
+        self.hear_network(share, network_harm)
         bits = point.harm - point.form.harm
         rest = found.drop.harm_kl - network_harm - self.activations * (mode == STATIC)
         if bits > 0 and rest > 0.1 * found.drop.harm_kl:

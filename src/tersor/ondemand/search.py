@@ -5,33 +5,41 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
 
 from tersor.errors import BudgetError, EngineError, ModelError
-from tersor.methods.bit_options import BitOptions, bit_options
-from tersor.methods.prune_family import ChannelFamily, Harms
+from tersor.methods.bit_options import BitOptions
+from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.restore import unheld
 from tersor.methods.squeeze_search import Priced
 from tersor.ondemand import coding
-from tersor.ondemand.build import Network, example_of, few_bits, network, request_of, rounded
+from tersor.ondemand.build import (
+    Network,
+    Wanted,
+    few_bits,
+    network,
+    networks_elsewhere,
+    request_of,
+    rounded,
+)
 from tersor.ondemand.candidate import Measured, measured, measured_before
 from tersor.ondemand.effort import Effort, Watch
 from tersor.ondemand.kept import Kept
-from tersor.ondemand.latency import LatencyTable, time_cost
 from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
+from tersor.ondemand.trials import bits_tried, channels_tried
+from tersor.runs.executors import Executor, open_executor
 from tersor.search.tradeoff import GOALS, SIZE, Point, best, nearest, nondominated, pareto, points
 from tersor.specs import Plan
 
-FAMILY_IMAGES = 128  # on which channels are tried
 FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop is given
 FRONT = 16  # points of the front that are told
 ENGINES_AT_ONE = ("onnxruntime", "openvino")  # at larger batches all that are here are tried
 SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
+AHEAD = 4  # networks that are made at once where there are workers
 TRAINED_SHARE = 0.6  # of the time left goes into one training
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 Record = Callable[[dict[str, Any]], None]
@@ -76,21 +84,11 @@ def facts(original: Original, effort: Effort, kept: Kept, *, seed: int = 0, watc
     first = _first(original, whole, effort, kept, watch)
     family, notes = None, []
     try:
-        family = _family(original, kept, seed, watch)
+        family = channels_tried(original, kept, seed, watch)
     except ModelError as error:
         notes.append(f"no channels are removed: {error}")
 
-    def tried(_: pathlib.Path) -> list[dict[str, Any]]:
-        found = bit_options(
-            original.graph,
-            original.inputs,
-            on_progress=lambda share: watch("how many bits each layer needs", share),
-            seed=seed,
-        )
-        return [each.to_dict() for each in found.values()]
-
-    told, _ = kept.piece("bits", {}, tried)
-    bits = {each["layer"]: BitOptions.from_dict(each) for each in told}
+    bits = bits_tried(original, kept, seed, watch)
     return Facts(first, family, bits, whole, tuple(notes))
 
 
@@ -98,7 +96,7 @@ def _first(
     original: Original, whole: Network, effort: Effort, kept: Kept, watch: Watch
 ) -> Measured:
     def make(place: pathlib.Path) -> dict[str, Any] | None:
-        started = time.monotonic()
+        started = kept.clock.passed
         graph, plan = rounded(original, whole, {}, watch)
         watch("the whole network at 8 bits: file, engines, answers", 0.0)
         found = measured(
@@ -116,38 +114,10 @@ def _first(
             raise ModelError(
                 "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
             )
-        return dc.replace(found, seconds=time.monotonic() - started).row()
+        return dc.replace(found, seconds=kept.clock.passed - started).row()
 
     row, place = kept.piece("candidate", {"number": 0}, make)
     return measured_before(row, place)
-
-
-def _family(original: Original, kept: Kept, seed: int, watch: Watch) -> ChannelFamily:
-    """The trials of its groups and the times of its layers are kept, which took the time."""
-    table = LatencyTable(original.batch, original.threads)
-
-    def family(harms: Harms | None) -> ChannelFamily:
-        return ChannelFamily(
-            original.module,
-            original.inputs[:FAMILY_IMAGES],
-            example_of(original),
-            cost_of=time_cost(original.module, original.input_shape, table),
-            harms=harms,
-            on_progress=lambda share: watch("which channels are missed least", share),
-            seed=seed,
-        )
-
-    made: list[ChannelFamily] = []
-
-    def make(_: pathlib.Path) -> dict[str, Any]:
-        made.append(family(None))
-        return {"harms": made[0].harms, "times": table.times}
-
-    told, _ = kept.piece("channels", {}, make)
-    if made:
-        return made[0]
-    table.remember(told["times"])
-    return family({name: (held[0], held[1]) for name, held in told["harms"].items()})
 
 
 class Search:
@@ -163,6 +133,7 @@ class Search:
         *,
         relative_latency: bool = False,
         seed: int = 0,
+        workers: Executor | None = None,
         record: Record = lambda row: None,
         watch: Watch,
     ) -> None:
@@ -174,11 +145,11 @@ class Search:
             original, known.family, known.bits, known.first, trains=effort.trains
         )
         self.made: list[Measured] = []
+        self.workers = workers or open_executor("local")
+        self._spread_out: set[float] = set()  # shares whose networks the workers made
         self._networks: dict[float, Network] = {1.0: known.whole}
         self._priced: dict[float, Priced] = {}
-        self._making = (
-            0.0  # seconds of the last build that went into its network, with its training
-        )
+        self._making = 0.0  # seconds of the last build that its network took, with its training
         self.notes = list(known.notes)
         self._failed: set[Any] = set()  # forms that could not be built
         self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
@@ -203,6 +174,8 @@ class Search:
         last = self.known.first.seconds
         for number in range(1, self.effort.rounds + 1):
             point, axis = self.point()
+            if self._spread(point.form.choice[0]):
+                point, axis = self.point()
             bits = {layer: int(option.choice) for layer, option in point.choices.items()}
             key = (point.form.choice, tuple(bits.values()))
             if set(bits.values()) == {8}:
@@ -291,7 +264,7 @@ class Search:
         except (MemoryError, EngineError, ModelError) as error:
             self._failed.add(point.form.choice)
             self.notes.append(
-                f"candidate {number} failed: {error or 'it needs more memory than there is'}"
+                f"candidate {number} failed: {str(error) or 'it needs more memory than there is'}"
             )
             return
         if told is None:
@@ -322,22 +295,37 @@ class Search:
 
     def _network(self, share: float) -> Network:
         if share not in self._networks:
-            started = time.monotonic()
-            units, _ = self.predictor.units(share)
-            reserve = 3 * self.known.first.seconds + coding.seconds_to_code(self.known.whole)
-            self._networks[share] = network(
-                self.original,
-                self.known.family,
-                share,
-                units,
-                self.effort,
-                self.kept,
-                train_seconds=TRAINED_SHARE * (self.clock.left - reserve),
-                seed=self.seed,
-                watch=self.watch,
-            )
-            self._making = time.monotonic() - started
+            started = self.clock.passed
+            wanted = self._wanted(share)
+            self._networks[share] = network(self.original, wanted, self.kept, self.watch)
+            self._making = self.clock.passed - started
         return self._networks[share]
+
+    def _wanted(self, share: float) -> Wanted:
+        family, (units, _) = self.known.family, self.predictor.units(share)
+        gone = any(len(held) for held in units.values())
+        plan = family.plan(units) if family is not None and gone else None
+        reserve = 3 * self.known.first.seconds + coding.seconds_to_code(self.known.whole)
+        seconds = TRAINED_SHARE * (self.clock.left - reserve) if self.effort.trains else 0.0
+        return Wanted(share, plan, seconds, self.seed)
+
+    def _spread(self, share: float) -> bool:
+        """Make the network of `share`, and of those near it that may be next, where the workers are; the prediction
+        hears what they cost. False where that is here, or there is nothing to make."""
+        if self.workers.here or share == 1 or share in self._spread_out:
+            return False
+        shares = [s for s in self.predictor.shares() if s < 1 and s not in self._spread_out]
+        place = shares.index(share)
+        near = sorted(shares, key=lambda s: abs(shares.index(s) - place))[:AHEAD]
+        self._spread_out.update(near)
+        wanted = [self._wanted(s) for s in near]
+        found, problems = networks_elsewhere(
+            self.original, wanted, self.kept, self.workers, self.watch
+        )
+        for each, harm in sorted(found.items(), reverse=True):
+            self.predictor.hear_network(each, harm)
+        self.notes += problems
+        return True
 
     def _engines(self) -> list[str]:
         times = self.known.first.engines_ms
