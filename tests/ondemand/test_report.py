@@ -34,7 +34,7 @@ def run(net, tmp_path_factory):
 
 
 def test_the_layers_are_those_of_the_file(run, net):
-    answer, out, told = run
+    answer, _, told = run
     held = load(answer.path)
     weights = constant_values(held.to_onnx())
     graph = deployment_graph(net, SHAPE)

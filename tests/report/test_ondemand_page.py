@@ -311,7 +311,7 @@ def test_the_same_answer_gives_the_same_bytes(make_told):
 def test_a_logarithmic_scale_holds_its_values_in_order(values):
     scale = logarithmic(values)
     places = [scale.at(value) for value in sorted(values)]
-    assert places == sorted(places) and 0 < places[0] and places[-1] < 100
+    assert places == sorted(places) and places[0] > 0 and places[-1] < 100
     assert len(scale.ticks) <= MOST_TICKS
     assert all(scale.low <= tick <= scale.high for tick in scale.ticks)
 

@@ -123,11 +123,12 @@ def compress(
     standard (15 minutes, learns from the original), max; `minutes` sets another time. Times are those of this
     machine, on the engine that was the fastest of the right ones.
 
-    `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html, a
-    page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out. With
-    `dry_run` nothing but what must be measured is built, and the answer holds the prediction. Raises BudgetError where no model that was
-    found fits: it names the best, which is written as nearest.tersor, the bound and the layer that binds; SpecError,
-    DataError, ModelError for what cannot be used, RunError where `out` holds an answer or cannot be written.
+    `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html,
+    a page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out.
+    With `dry_run` nothing but what must be measured is built, and the answer holds the prediction. Raises
+    BudgetError where no model that was found fits: it names the best, which is written as nearest.tersor, the bound
+    and the layer that binds; SpecError, DataError, ModelError for what cannot be used, RunError where `out` holds
+    an answer or cannot be written.
     """
     asked = budget if budget is not None else Budget(drop=0.5)
     chosen = effort_of(effort, minutes)
@@ -312,7 +313,8 @@ def _refusal(found: Found, answer: Answer) -> str:
     )
     return (
         f"no model that was found is within the budget; the nearest has {met}. What binds is {found.axis}, at layer "
-        f"{found.layer!r}. It is written as {answer.path}, and {answer.report} shows it: raise that bound, or take more effort"
+        f"{found.layer!r}. It is written as {answer.path}, and {answer.report} shows it: raise that bound, or take "
+        "more effort"
     )
 
 

@@ -114,17 +114,18 @@ def _time_note(told: Told, rows: Sequence[Json]) -> str:
     known = [row for row in rows if row["time_ms"] is not None]
     now = sum(row["time_ms"] for row in known)
     before = sum(row["time_before_ms"] or 0.0 for row in known)
+    whole = ms(told.result["latency_ms"])
     return (
-        f"Time alone: the layer by itself as an integer kernel of ONNX Runtime, {count(told.batch, 'input')}; the sum is "
-        f"{ms(now)} now and {ms(before)} at full width. The whole on {told.engine} takes {ms(told.result['latency_ms'])}: "
+        f"Time alone: the layer by itself as an integer kernel of ONNX Runtime, {count(told.batch, 'input')}; the sum "
+        f"is {ms(now)} now and {ms(before)} at full width. The whole on {told.engine} takes {whole}: "
         "engines merge layers, so the two need not agree."
     )
 
 
 def _harm_note(tried: int) -> str:
     return (
-        f"Harm: how far the network's answers move (KL divergence) when this layer alone is rounded to {tried} bits; the "
-        "longer the bar, the more bits it needs."
+        f"Harm: how far the network's answers move (KL divergence) when this layer alone is rounded to {tried} bits; "
+        "the longer the bar, the more bits it needs."
     )
 
 

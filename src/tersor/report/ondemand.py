@@ -53,9 +53,9 @@ PARTS = (
     Part(
         "spread",
         "Weights and activations",
-        "How the values of a layer are spread before and after: its weights, and what it reads. Heights are square roots of shares, so that "
-        "what is rare can be seen; fewer bits leave fewer different values. Shown are the layers of the fewest bits that "
-        "matter most.",
+        "How the values of a layer are spread before and after: its weights, and what it reads. Heights are square "
+        "roots of shares, so that what is rare can be seen; fewer bits leave fewer different values. Shown are the "
+        "layers of the fewest bits that matter most.",
         spread_html,
         "histograms",
     ),
@@ -83,7 +83,8 @@ def ondemand_page(told: Told) -> str:
 </section>
 {contents_html([("result", "The budget"), *((part.key, part.title) for part in PARTS)])}
 <section aria-labelledby="result"><h2 id="result">The budget, and what was reached</h2>
-{_notes(told)}<div class="pair"><div>{table_html(budget_table(told))}</div><div>{table_html(costs_table(told))}</div></div>
+{_notes(told)}<div class="pair"><div>{table_html(budget_table(told))}</div>
+<div>{table_html(costs_table(told))}</div></div>
 </section>
 {sections}"""
     return shell(
@@ -156,9 +157,10 @@ def _conditions(told: Told) -> Iterator[tuple[str, str]]:
     yield "threads", str(held.get("threads") or asked.get("threads") or "all")
     yield "engine", told.engine
     if effort:
+        used = f"{result['seconds']:,.0f} s were used"
         yield (
             "effort",
-            f"{clean(effort['name'])}, {digits(effort['minutes'])} minutes; {result['seconds']:,.0f} s were used",
+            f"{clean(effort['name'])}, {digits(effort['minutes'])} minutes; {used}",
         )
     if told.float_engine_ms is not None:
         yield "float32 on ONNX Runtime", ms(told.float_engine_ms)

@@ -1,4 +1,4 @@
-"""The answer to a budget as a report reads it: JSON objects with their units in the names, and words for its numbers."""
+"""The answer to a budget as a report reads it: JSON objects with units in their names, and words for numbers."""
 
 from __future__ import annotations
 
