@@ -174,7 +174,13 @@ def compress(
         journal.append({"step": "answer", "met": found.met, **answer.to_dict()})
         # The answer is safe: what follows only tells of it.
         name = model if isinstance(model, str) else type(model).__name__
-        given = (original, known, found.answer, answer.path, chosen)
+        given = (
+            original,
+            known,
+            found.answer,
+            directory / (MODEL if found.met else NEAREST),
+            chosen,
+        )
         watch("the report", 0.0)
         pictures = tell(directory, *given, model=name, seed=seed, examples=examples)
         write_page(directory, journal.rows(), pictures=pictures)
