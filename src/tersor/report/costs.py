@@ -28,7 +28,7 @@ AXES = {
     "latency_ms": ("latency", "time of one run", ms),
     "macs": ("macs", "multiplications of an input", million),
     "energy_mj": ("energy", "energy of an input, counted", lambda value: f"{digits(value)} mJ"),
-    "drop_pt": ("drop", "points of accuracy lost", lambda value: f"{digits(value)} points"),
+    "drop_pt": ("drop", "points of accuracy lost", lambda value: f"{value:g} points"),
 }
 EPSILON = 1e-9
 

@@ -14,7 +14,7 @@ from tersor.report.layers import coverage_table, layers_html, request_table
 from tersor.report.ondemand_style import ONDEMAND_STYLE
 from tersor.report.page import POLICY, card, contents_html, shell, table_html, text
 from tersor.report.spread import spread_html
-from tersor.report.told import Told, digits, ms
+from tersor.report.told import Told, ms
 from tersor.report.words import NONE, clean, count, engine_title
 
 __all__ = ["Told", "ondemand_page", "pictures_in"]
@@ -139,7 +139,9 @@ def _measured(told: Told) -> str:
 def _conditions(told: Told) -> Iterator[tuple[str, str]]:
     """How it was measured, line by line."""
     result, held = told.result, told.conditions
-    around = result["environment"]
+    around = told.first.get(
+        "environment", result["environment"]
+    )  # engines may bind the process to cores
     asked = told.first.get("budget", {})
     effort = held.get("effort") or told.first.get("effort") or {}
     shape = " × ".join(str(side) for side in result["input_shape"])
@@ -160,14 +162,14 @@ def _conditions(told: Told) -> Iterator[tuple[str, str]]:
         used = f"{result['seconds']:,.0f} s were used"
         yield (
             "effort",
-            f"{clean(effort['name'])}, {digits(effort['minutes'])} minutes; {used}",
+            f"{clean(effort['name'])}, {effort['minutes']:g} minutes; {used}",
         )
     if told.float_engine_ms is not None:
         yield "float32 on ONNX Runtime", ms(told.float_engine_ms)
     if held:
         yield (
             "timing",
-            f"medians; original and model in turns, {digits(held['timing_seconds'])} s together, after a warm-up",
+            f"medians; original and model in turns, {held['timing_seconds']:g} s together, after a warm-up",
         )
         if held["folded"]:
             yield "folded exactly", ", ".join(map(clean, held["folded"]))
