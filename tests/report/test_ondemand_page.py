@@ -17,7 +17,7 @@ from tersor.report.changed import pictures_in
 from tersor.report.ondemand import ondemand_page
 from tersor.report.scales import MOST_TICKS, bent, logarithmic
 
-VOID = {"meta", "br", "img", "input"}
+VOID = {"meta", "br", "wbr", "img", "input"}
 HOSTILE = "\"><script>alert(1)</script>\n'onload=x\u202e\x1b[31m&amp;" + "x" * 300
 
 
@@ -52,7 +52,7 @@ class Walk(HTMLParser):
 
 def words(page):
     """What a reader sees, spaces made even."""
-    body = page[page.index("</style>") :]
+    body = page[page.index("</style>") :].replace("<wbr>", "")
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", body))).strip()
 
 

@@ -119,6 +119,7 @@ span.thumb { display: none; }
   .area { height: 16rem; }
   .area .tip { left: -2.2rem; min-height: 5.2rem; }
   .front figcaption { min-height: 0; }
+  tbody th, tbody th.short { min-width: 8.4rem; }
   .layers tbody th { white-space: normal; overflow: visible; }
 }
 @media print {
