@@ -43,13 +43,15 @@ def headline(told: Told) -> str:
         return (
             f"No model within the budget was found. The nearest is {smaller} and {faster}: {cost}"
         )
-    name = told.model[:1].upper() + told.model[1:]
-    return f"{name} is {smaller} and {faster}: {cost}"
+    return f"{told.model[:1].upper()}{told.model[1:]} is {smaller} and {faster}: {cost}"
 
 
 def _cost(drop: Json) -> str:
+    """What was lost, and within which limits."""
     said = points(drop["estimate_pt"]).replace("points", "points of accuracy")
-    return said if drop["labelled"] else f"{said}, as the original itself would expect"
+    said = said.replace("nothing lost", "no accuracy lost")
+    judge = "" if drop["labelled"] else " as the original would expect"
+    return f"{said}{judge} ({interval_words(drop)})"
 
 
 def highlight(told: Told) -> Highlight:

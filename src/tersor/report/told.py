@@ -6,6 +6,7 @@ import dataclasses as dc
 from collections.abc import Mapping
 from typing import Any
 
+from tersor.report.reference import TITLES
 from tersor.report.words import clean, engine_title, milliseconds, percent, times
 
 Json = Mapping[str, Any]
@@ -51,7 +52,8 @@ class Told:
     @property
     def model(self) -> str:
         """What the network is called."""
-        return clean(self.conditions.get("model") or "the network")
+        name = str(self.conditions.get("model") or "the network")
+        return clean(TITLES.get(name, name))
 
     @property
     def batch(self) -> int:
