@@ -17,6 +17,7 @@ from tersor.report.told import (
     factor,
     interval_words,
     million,
+    most_points,
     ms,
     points,
 )
@@ -28,7 +29,7 @@ AXES = {
     "latency_ms": ("latency", "time of one run", ms),
     "macs": ("macs", "multiplications of an input", million),
     "energy_mj": ("energy", "energy of an input, counted", lambda value: f"{digits(value)} mJ"),
-    "drop_pt": ("drop", "points of accuracy lost", lambda value: f"{value:g} points"),
+    "drop_pt": ("drop", "points of accuracy lost", most_points),
 }
 EPSILON = 1e-9
 

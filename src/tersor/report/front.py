@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from tersor.report.document import Column, Table
 from tersor.report.page import table_html, text
 from tersor.report.scales import Scale, bent, logarithmic
-from tersor.report.told import Json, Told, decimal, ms, points
+from tersor.report.told import Json, Told, decimal, most_points, ms, points
 from tersor.report.words import NONE, percent
 
 ANSWER, MEASURED, PREDICTED, ORIGINAL = "answer", "measured", "predicted", "original"
@@ -139,7 +139,7 @@ def _bound_words(bound: float | None, most: float | None, shown: Callable[[float
     if bound is not None:
         parts.append(f"at most {shown(bound)}")
     if most is not None:
-        parts.append(f"at most {most:g} points lost")
+        parts.append(f"at most {most_points(most)} lost")
     return f"Asked: {' and '.join(parts)}." if parts else "The budget sets no bound here."
 
 

@@ -135,6 +135,11 @@ def points(value: float) -> str:
     return f"{abs(value):.2f} points {'lost' if value > 0 else 'gained'}"
 
 
+def most_points(value: float) -> str:
+    """A bound on points: "1 point", "0.5 points"."""
+    return f"{value:g} point{'' if value == 1 else 's'}"
+
+
 def end(value: float) -> str:
     """One end of an interval of points: "0.91 lost"."""
     if abs(value) < GAIN:
