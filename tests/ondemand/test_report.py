@@ -20,7 +20,6 @@ from tersor.ondemand.changed import picture
 from tersor.ondemand.page import write_page
 from tersor.pipeline import deployment_graph
 from tersor.report.changed import pictures_in
-from tersor.study.journal import read_rows
 
 SHAPE = (1, 8, 8)
 
@@ -132,7 +131,8 @@ def test_the_page_is_made_again_from_its_directory_with_its_pictures(run, capsys
     assert json.loads(capsys.readouterr().out)["report"] == str(out / "report.html")
     assert (out / "report.html").read_text() == first
     (out / "report.html").unlink()
-    page = write_page(out, read_rows(out / "rows.jsonl")).read_text()
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    page = write_page(out, rows).read_text()
     assert pictures_in(page) == {} and "The pictures were in the page that the run wrote" in page
 
 
