@@ -23,6 +23,7 @@ lint: $(VENV)/.installed-dev
 # The published tables, from the rows that were measured.
 results: $(VENV)/.installed
 	$(BIN)/tersor report results/study --markdown docs/results.md
+	$(BIN)/python benchmarks/tables.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tersor needs Python 3.11 or newer; set PYTHON=")'

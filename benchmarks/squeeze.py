@@ -1,6 +1,8 @@
 """Bytes of a file against accuracy: rate-distortion codes, with and without training, beside what others do.
 
-    python benchmarks/squeeze.py --data folder:DIR --model resnet18 --weights FILE --out squeeze.json FORM...
+    python benchmarks/squeeze.py --data folder:DIR --model resnet18 --weights FILE --out rows.json FORM...
+    python benchmarks/squeeze.py --merge rows.json more.json --out results/squeeze.json --plot docs/squeeze.svg
+    python benchmarks/tables.py
 
 A FORM is one of
     size=500kB               codes chosen by rate and distortion: no labels, no training
@@ -13,6 +15,11 @@ A FORM is one of
 Other fields of tersor.Squeeze may follow a size (start=2,learning_rate=0.03). Rows are appended to --out as they
 are measured; those that are there are kept. A killed training goes on from --work, where the files stay too.
 Bytes are those of the real file, everything counted; accuracy is the file's, read back, on the engine named.
+
+--merge adds the rows of several such files to those of --out: of rows with the same network, form, seed and part
+the last one named stays (--out itself comes first), and the published points are this file's. It prints the name
+under which the file of each row is committed: results/squeezed/NETWORK_BYTESkB.tersor, a copy of the one in --work.
+--plot draws all rows of --out. Then benchmarks/tables.py writes both pages again.
 """
 
 from __future__ import annotations
@@ -50,10 +57,46 @@ PUBLISHED = [
 ]
 
 
+FIELDS = ("model", "form", "size_bytes", "accuracy_percent", "source")
+KEYS = ("model", "form", "seed", "part")
+
+
 def main():
     options = parsed()
+    out = pathlib.Path(options.out)
+    if options.merge:
+        told = merged([json.loads(p.read_text()) for p in (out, *options.merge) if p.exists()])
+        out.write_text(json.dumps(told, indent=1) + "\n")
+        for row in told["rows"]:
+            print(f"{row['form']}: {row['size_bytes']:,} bytes, {piece_name(row)}")
+    if options.forms:
+        measure(options, out, pathlib.Path(options.work))
+    if options.plot:
+        figure = drawn(json.loads(out.read_text()))
+        with pyplot_words():
+            figure.savefig(options.plot, metadata={"Date": None})
+
+
+def merged(tables):
+    """All rows of the tables, by network and size; of rows with equal KEYS the last one."""
+    rows = {tuple(row[key] for key in KEYS): row for table in tables for row in table["rows"]}
+    ordered = sorted(rows.values(), key=lambda row: (row["model"], -row["size_bytes"], row["form"]))
+    return {"rows": ordered, "published": published()}
+
+
+def published():
+    return [dict(zip(FIELDS, row, strict=True)) for row in PUBLISHED]
+
+
+def piece_name(row):
+    """The name of a row's file among those committed; empty where no Tersor file was written."""
+    if row["form"].partition("=")[0] not in ("size", "drop", "price"):
+        return ""
+    return f"{row['model']}_{row['size_bytes'] // 1000}kB.tersor"
+
+
+def measure(options, out, work):
     torch.set_num_threads(options.threads)
-    out, work = pathlib.Path(options.out), pathlib.Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
     splits = tersor.load_data(options.data, num_calibration=options.images)
     module = tersor.load_model(options.model, weights=options.weights).eval()
@@ -66,16 +109,7 @@ def main():
         if any(all(row.get(k) == v for k, v in key.items()) for row in told["rows"]):
             continue
         if form == "published":
-            told["published"] = [
-                dict(
-                    zip(
-                        ("model", "form", "size_bytes", "accuracy_percent", "source"),
-                        row,
-                        strict=True,
-                    )
-                )
-                for row in PUBLISHED
-            ]
+            told["published"] = published()
         else:
             if original is None:
                 original = score(graph, splits, options)
@@ -107,18 +141,17 @@ def main():
                 flush=True,
             )
         out.write_text(json.dumps(told, indent=1) + "\n")
-    if options.plot:
-        draw(json.loads(out.read_text()), pathlib.Path(options.plot))
 
 
 def parsed():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data")
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--weights")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--merge", nargs="+", type=pathlib.Path, default=[], metavar="FILE")
     parser.add_argument("--work", default="squeeze_work", help="files and checkpoints")
     parser.add_argument("--images", type=int, default=2048, help="unlabelled calibration images")
     parser.add_argument("--part", default="test", help="of the data that is judged")
@@ -127,7 +160,12 @@ def parsed():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", help="also draw all rows (.svg)")
     parser.add_argument("forms", nargs="*")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.forms and not (options.data and options.weights):
+        parser.error("forms are measured on --data with --weights")
+    if missing := [path for path in options.merge if not path.exists()]:
+        parser.error(f"--merge: no such file: {', '.join(map(str, missing))}")
+    return options
 
 
 _GRAPHS = {}
@@ -279,61 +317,148 @@ def huffman_bits(symbols):
     return total + 16 * len(counts)
 
 
-def draw(told, path):
-    """Points lost against bytes, one panel a network; published points of other networks beside."""
-    from matplotlib import pyplot
+# (what, colour, line and marker, which rows)
+SERIES = (
+    (
+        "codes alone: no training, no labels",
+        "#1d4ed8",
+        "o-",
+        lambda r: piece_name(r) and not r["epochs"],
+    ),
+    ("trained with the size in it", "#15803d", "s-", lambda r: piece_name(r) and r["epochs"]),
+    ("Deep Compression's recipe", "#b45309", "^", lambda r: r["form"].startswith("deep")),
+    ("8-bit codes in gzip or zstd", "#6b7280", "X", lambda r: r["form"] in ("gzip", "zstd")),
+)
+SHOWN_LOSSES = (
+    0.2,
+    0.5,
+)  # points: our smallest files that lose no more stand beside the published ones
+
+
+def pyplot_words():
+    """Letters as outlines, so that the figure is the same everywhere, and the same bytes each time."""
+    from matplotlib import rc_context
+
+    return rc_context({"svg.hashsalt": "tersor"})
+
+
+def drawn(told):
+    """Points lost against bytes, one panel a network; published sizes of other networks below, hollow."""
+    from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in told["rows"]))
-    figure, panels = pyplot.subplots(
-        1, len(models), figsize=(6 * len(models), 4.4), layout="constrained", squeeze=False
+    points = beside(told)
+    height = 1.1 + 0.24 * len(points)
+    figure = Figure(figsize=(5.4 * max(len(models), 2), 4.4 + height), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(4.4, height))
+    for model, axes in zip(models, upper.subplots(1, len(models), squeeze=False)[0], strict=True):
+        draw_curve([row for row in told["rows"] if row["model"] == model], axes)
+    pairs = [axes.get_legend_handles_labels() for axes in upper.axes]
+    found = {
+        label: mark for marks, labels in pairs for mark, label in zip(marks, labels, strict=True)
+    }
+    upper.legend(
+        found.values(), found.keys(), fontsize=8, loc="outside upper center", ncols=4, frameon=False
     )
-    kinds = (
-        (
-            "no labels, no training",
-            "#1d4ed8",
-            "o-",
-            lambda r: "size=" in r["form"] and not r.get("epochs"),
-        ),
-        (
-            "trained with the size in it",
-            "#15803d",
-            "s-",
-            lambda r: "size=" in r["form"] and r.get("epochs"),
-        ),
-        ("Deep Compression's recipe", "#b45309", "^--", lambda r: r["form"].startswith("deep")),
-        ("int8, gzip or zstd", "#6b7280", "d", lambda r: r["form"] in ("gzip", "zstd")),
-    )
-    for model, axes in zip(models, panels[0], strict=True):
-        rows = [row for row in told["rows"] if row["model"] == model]
-        for label, colour, style, belongs in kinds:
-            some = sorted((r for r in rows if belongs(r)), key=lambda r: r["size_bytes"])
-            if not some:
-                continue
-            change = [r["interval"]["difference_pt"] for r in some]
-            errors = [
-                [c - r["interval"]["low_pt"] for c, r in zip(change, some, strict=True)],
-                [r["interval"]["high_pt"] - c for c, r in zip(change, some, strict=True)],
-            ]
-            sizes = [r["size_bytes"] / 1e6 for r in some]
-            axes.errorbar(
-                sizes, change, errors, fmt=style, color=colour, capsize=2, markersize=4, label=label
-            )
-        axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=1)
-        axes.set_yticks([-64, -16, -4, -1, -0.5, 0, 0.5, 1])
-        axes.set_yticklabels(["-64", "-16", "-4", "-1", "-0.5", "0", "+0.5", "+1"])
-        axes.minorticks_off()
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_xlabel("file, MB")
-        axes.set_ylabel("accuracy against float, points")
-        first = rows[0]
-        axes.set_title(
-            f"{model}, {first['data']}, n = {first['num_samples']:,}: float {first['float_accuracy']:.2%}, "
-            f"{first['float_bytes'] / 1e6:.1f} MB",
-            fontsize=9,
+    draw_points(points, lower.subplots())
+    return figure
+
+
+def draw_curve(rows, axes):
+    for label, colour, style, belongs in SERIES:
+        some = sorted((r for r in rows if belongs(r)), key=lambda r: r["size_bytes"])
+        if not some:
+            continue
+        change = [r["interval"]["difference_pt"] for r in some]
+        errors = [
+            [c - r["interval"]["low_pt"] for c, r in zip(change, some, strict=True)],
+            [r["interval"]["high_pt"] - c for c, r in zip(change, some, strict=True)],
+        ]
+        sizes = [r["size_bytes"] / 1e6 for r in some]
+        axes.errorbar(
+            sizes, change, errors, fmt=style, color=colour, capsize=2, markersize=5, label=label
         )
-        axes.legend(fontsize=8)
-    figure.savefig(path)
+    size_axis(axes, [r["size_bytes"] / 1e6 for r in rows])
+    axes.set_yscale("symlog", linthresh=1, linscale=2)
+    ticks = [-64, -16, -4, -2, -1, -0.5, 0, 0.5, 1]
+    axes.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    axes.set_ylim(min(-1, 1.6 * min(r["interval"]["low_pt"] for r in rows)), 1)
+    axes.minorticks_off()
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_ylabel("accuracy against float, points")
+    first = rows[0]
+    axes.set_title(
+        f"{first['model']} on {first['data']}, n = {first['num_samples']:,}\n"
+        f"float: {first['float_accuracy']:.2%} in {first['float_bytes'] / 1e6:.1f} MB",
+        fontsize=10,
+    )
+
+
+def beside(told):
+    """(label, bytes, what stands beside the mark, published?) of published sizes and of our smallest files that
+    lose no more than SHOWN_LOSSES, the largest first."""
+    points = [
+        (
+            f"{p['form']}, {p['model']} ({p['source']})",
+            p["size_bytes"],
+            f"{p['accuracy_percent']:.1f} %",
+            True,
+        )
+        for p in told["published"]
+    ]
+    for model in dict.fromkeys(row["model"] for row in told["rows"]):
+        held = {id(row): row for row in (smallest(told, model, x) for x in SHOWN_LOSSES) if row}
+        for row in held.values():
+            lost = row["interval"]["difference_pt"]
+            text = f"{row['accuracy']:.2%}: {lost:+.2f} points against float"
+            points.append((f"Tersor, {model}", row["size_bytes"], text, False))
+    return sorted(points, key=lambda point: -point[1])
+
+
+def smallest(told, model, loss_pt):
+    """Of the network's Tersor files that lose at most so many points the smallest row; None if there is none."""
+    rows = (r for r in told["rows"] if r["model"] == model and piece_name(r))
+    right = [r for r in rows if r["interval"]["difference_pt"] >= -loss_pt]
+    return min(right, key=lambda r: r["size_bytes"], default=None)
+
+
+def draw_points(points, axes):
+    sizes = [size / 1e6 for _, size, *_ in points]
+    for place, (_, size, text, foreign) in enumerate(points):
+        face, edge = ("white", "black") if foreign else ("#1d4ed8", "#1d4ed8")
+        axes.plot(size / 1e6, place, "D", markersize=6, markerfacecolor=face, markeredgecolor=edge)
+        axes.annotate(
+            text,
+            (size / 1e6, place),
+            (9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    axes.set_yticks(range(len(points)), [label for label, *_ in points], fontsize=8)
+    axes.set_ylim(len(points) - 0.3, -0.7)
+    axes.grid(axis="y", linewidth=0.4)
+    axes.set_axisbelow(True)
+    size_axis(axes, sizes, right=8)
+    axes.set_title(
+        "Hollow: published, not measured here (other networks and trainings, the original CIFAR-10). "
+        "Filled: ours, as above",
+        fontsize=10,
+        loc="right",
+    )
+
+
+def size_axis(axes, sizes, right=1.6):
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_xscale("log")
+    axes.set_xlim(min(sizes) / 1.6, max(sizes) * right)
+    wide = max(sizes) / min(sizes) > 30
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    axes.minorticks_off()
+    axes.set_xlabel("file, MB (10^6 bytes)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A recipe does its steps in order; the file goes back into the user's class with all of them."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tersor.cli import main
 from tersor.errors import SpecError
 from tersor.methods.restore import plans_of, restore
 from tersor.recipe import read_recipe, run_recipe
+from tersor.runs import Run
 from tersor.specs import Factorize, Finetune, Prune, Quantize, Recipe, Share
 
 TRAIN = Finetune(epochs=1, batch_size=64, augment="crop", compile="off", distill=1.0)
@@ -30,6 +32,7 @@ EVERYTHING = Recipe(
 
 @pytest.fixture(scope="module")
 def splits():
+    torch.set_num_threads(1)  # sums in one order: equal recipes are equal bit for bit
     return tersor.load_data("digits")
 
 
@@ -138,3 +141,70 @@ def test_the_command_tells_every_step_and_leaves_only_the_file(tmp_path, capsys)
         np.zeros((1, 1, 8, 8), np.float32)
     )
     assert np.isfinite(logits).all()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_recipe_goes_on_from_its_steps_to_the_same_bytes(
+    net, splits, made, tmp_path, monkeypatch
+):
+    """Killed inside each training, once, and before the quantization."""
+    import tersor.recipe as recipes
+
+    torch.set_num_threads(1)  # a session may have changed it
+    changes, real = [], recipes._changed
+    monkeypatch.setattr(
+        recipes, "_changed", lambda *given: changes.append(given[2].kind) or real(*given)
+    )
+
+    def run(stop_in=None):
+        def told(named, progress):
+            if named == stop_in and progress.epoch >= 0.5:
+                raise Killed
+
+        with Run(tmp_path) as held:
+            held.begin(recipe=EVERYTHING.to_dict())
+            return run_recipe(net, splits, EVERYTHING, run=held, on_progress=told)
+
+    for step in ("step 3, finetune", "step 5, finetune"):
+        with pytest.raises(Killed):
+            run(step)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(recipes, "quantize_network", lambda *_, **__: exec("raise Killed", globals()))
+        run()
+    again = run()
+    assert changes == ["prune", "factorize", "prune"], "each was made once"
+    assert again.plan == made.plan
+    assert again.graph.SerializeToString() == made.graph.SerializeToString()
+    assert all(
+        torch.equal(value, again.module.state_dict()[key])
+        for key, value in made.module.state_dict().items()
+    )
+
+
+def test_the_command_keeps_its_steps_until_the_file_is_there_and_refuses_another_recipe(
+    tmp_path, monkeypatch, capsys
+):
+    import tersor.recipe as recipes
+
+    def write(*steps):
+        (tmp_path / "recipe.json").write_text(json.dumps(Recipe(steps).to_dict()))
+
+    command = ["compress", "digits_net", "--data", "digits", "--out", str(tmp_path / "net.tersor")]
+    command += ["--recipe", str(tmp_path / "recipe.json")]
+    write(Prune(sparsity=0.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "deployment_graph", lambda *_: exec("raise KeyboardInterrupt"))
+        assert main(command) == 130
+    assert (tmp_path / "net.tersor.steps" / "rows.jsonl").exists()
+    write(Prune(sparsity=0.6))
+    assert main(command) == 1
+    assert "recipe.steps=" in capsys.readouterr().err
+    write(Prune(sparsity=0.5))
+    with Run(tmp_path / "net.tersor.steps"):
+        assert main(command) == 1
+    assert f"net.tersor.steps is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert main(command) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.tersor", "recipe.json"]

@@ -9,6 +9,7 @@ TersorError                  exit code 1
 ├── ArtifactError            1  a file that is not, or is no longer, a valid artifact
 ├── EngineError              1  an engine that cannot load or run a graph
 ├── RunError                 1  an output directory or a run that cannot go on
+│   └── LostProcessError     1  another process of the run is gone                     (also ConnectionError)
 └── BudgetError              3  no plan inside the search space meets the budget
 
 A message names the thing, the value received, what was allowed, and what to do next.
@@ -59,6 +60,12 @@ class EngineError(TersorError):
 
 class RunError(TersorError):
     """An output directory or a run that cannot go on."""
+
+
+class LostProcessError(RunError, ConnectionError):
+    """Another process of the run, or the way to it, is gone."""
+
+    __str__ = Exception.__str__
 
 
 class BudgetError(TersorError):

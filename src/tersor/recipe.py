@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
 import json
 import os
@@ -16,8 +17,9 @@ from torch import nn
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.graph.constants import Array
+from tersor.methods.checkpoint import read_state_, state_bytes, write_state
 from tersor.methods.finetune import Progress, finetune
-from tersor.methods.restore import unheld
+from tersor.methods.restore import restructured, unheld
 from tersor.methods.squeezing import squeeze
 from tersor.pipeline import (
     Compressed,
@@ -27,6 +29,8 @@ from tersor.pipeline import (
     quantize_network,
     share_model,
 )
+from tersor.runs import Run
+from tersor.runs.directory import CHECKPOINT
 from tersor.specs import (
     Factorize,
     Finetune,
@@ -41,6 +45,8 @@ from tersor.specs import (
 )
 from tersor.specs.prune import MASKED
 
+STATE = "state.pt"
+Make = Callable[[pathlib.Path | None], tuple[nn.Module, Plan | None]]
 STEPS = (Prune, Factorize, Share, Finetune, Quantize, Squeeze)
 
 
@@ -76,7 +82,7 @@ def run_recipe(
     splits: Splits,
     recipe: Recipe,
     *,
-    checkpoints: pathlib.Path | None = None,
+    run: Run | None = None,
     on_progress: Callable[[str, Progress], None] | None = None,
 ) -> Made:
     """Apply the steps of `recipe` to a copy of `module`, in their order.
@@ -84,8 +90,9 @@ def run_recipe(
     Batch norm is re-estimated from calibration inputs after each step that changes weights; weights
     that were set to zero stay zero in later trainings; a training that distils learns from `module`
     as it was given. A training that follows a pruning of several rounds is done after each of them.
-    With `checkpoints`, a directory, trainings resume after a kill. Raises SpecError for an order that
-    cannot be, before any work.
+    What each step made is kept in `run`, where one is given: after a kill the same call goes on from
+    there, within a training from its checkpoint. Raises SpecError for an order that cannot be, before
+    any work.
     """
     _check_order(recipe.steps)
     plans: list[Plan] = []
@@ -98,9 +105,11 @@ def run_recipe(
             if on_progress:
                 on_progress(named, progress)
 
-        place = None if checkpoints is None else checkpoints / f"step_{number + 1}.checkpoint"
+        if number and _between(recipe.steps, number - 1) is step:
+            continue  # done, after each round
         between = _between(recipe.steps, number)
         if isinstance(step, Quantize):
+            place = None if run is None else _checkpoint(run, named, step)
             quantized = quantize_network(current, splits, step, checkpoint=place, on_progress=told)
             state = unheld(quantized.module or current, quantized.graph)
             return Made(quantized.graph, current, quantized.plan.after(tuple(plans)), state)
@@ -111,42 +120,43 @@ def run_recipe(
                 step,
                 earlier=tuple(plans),
                 masks=masks,
-                checkpoint=place,
+                checkpoint=None if run is None else _checkpoint(run, named, step),
                 on_progress=told,
             )
             return Made(small.graph, current, small.plan, unheld(small.module, small.graph))
-        if isinstance(step, Finetune):
-            if number and _between(recipe.steps, number - 1) is step:
-                continue  # done, after each round
-            teacher = module if step.needs_teacher else None
-            current = finetune(
+
+        def make(
+            checkpoint: pathlib.Path | None,
+            step: Spec = step,
+            current: nn.Module = current,
+            masks: dict[str, torch.Tensor] = masks,
+            between: Finetune | None = between,
+            told: Callable[[Progress], None] = told,
+        ) -> tuple[nn.Module, Plan | None]:
+            if between is not None:
+                changed = _in_rounds(
+                    current, splits, step, between, recipe, module, checkpoint, told
+                )
+                return changed.module, changed.plan
+            if not isinstance(step, Finetune):
+                changed = _changed(current, splits, step, recipe)
+                return changed.module, changed.plan
+            trained = finetune(
                 current,
                 splits,
                 step,
                 masks=masks or None,
-                teacher=teacher,
-                checkpoint=place,
+                teacher=module if step.needs_teacher else None,
+                checkpoint=checkpoint,
                 on_progress=told,
-            ).module
-            continue
-        if between is None:
-            changed = _changed(current, splits, step, recipe)
-        else:
-            assert isinstance(step, Prune), "what has rounds"
-            changed = prune_model(
-                current,
-                splits,
-                step,
-                augment=recipe.augment,
-                recovery=between,
-                teacher=module,
-                checkpoint=place,
-                on_progress=told,
-                seed=recipe.seed,
             )
-        current = changed.module
-        plans.append(changed.plan)
-        masks |= _zeros(current, changed.plan)
+            return trained.module, None
+
+        asked = [step] if between is None else [step, between]
+        current, plan = make(None) if run is None else _kept(run, named, asked, make, current)
+        if plan is not None:
+            plans.append(plan)
+            masks = masks | _zeros(current, plan)
     graph = deployment_graph(current, splits.input_shape)
     plan = plans[-1].after(tuple(plans[:-1])) if plans else None
     return Made(graph, current, plan, unheld(current, graph))
@@ -158,6 +168,66 @@ def _between(steps: Sequence[Spec], number: int) -> Finetune | None:
     if isinstance(step, Prune) and step.rounds > 1 and following:
         return following[0] if isinstance(following[0], Finetune) else None
     return None
+
+
+def _kept(
+    run: Run, named: str, steps: list[Spec], make: Make, before: nn.Module
+) -> tuple[nn.Module, Plan | None]:
+    """What `make` makes of the network `before`, or made of it in an earlier call."""
+    made: list[tuple[nn.Module, Plan | None]] = []
+    request = {"step": steps[0].to_dict(), "between": [s.to_dict() for s in steps[1:]]}
+
+    def keep(place: pathlib.Path) -> dict[str, Any] | None:
+        made.append(make(place / CHECKPOINT))
+        network, plan = made[0]
+        write_state(place / STATE, state_bytes(network))
+        for checkpoint in place.glob(f"{CHECKPOINT}*"):
+            checkpoint.unlink()
+        return None if plan is None else plan.to_dict()
+
+    together = isinstance(steps[-1], Finetune)
+    told = run.step(_named(named), request, keep, together=together)
+    if made:
+        return made[0]
+    plan = None if told is None else from_dict(told)
+    network = copy.deepcopy(before)
+    if isinstance(plan, Plan):
+        network = restructured(network, plan)
+    read_state_(run.place(_named(named), request) / STATE, network)
+    return network.eval(), plan if isinstance(plan, Plan) else None
+
+
+def _checkpoint(run: Run, named: str, step: Spec) -> pathlib.Path:
+    return run.checkpoint(_named(named), {"step": step.to_dict()})
+
+
+def _named(step: str) -> str:
+    return step.replace(", ", "_").replace(" ", "")
+
+
+def _in_rounds(
+    module: nn.Module,
+    splits: Splits,
+    step: Spec,
+    between: Finetune,
+    recipe: Recipe,
+    teacher: nn.Module,
+    checkpoint: pathlib.Path | None,
+    on_progress: Callable[[Progress], None],
+) -> Compressed:
+    """A pruning of several rounds, with a training after each."""
+    assert isinstance(step, Prune), "what has rounds"
+    return prune_model(
+        module,
+        splits,
+        step,
+        augment=recipe.augment,
+        recovery=between,
+        teacher=teacher,
+        checkpoint=checkpoint,
+        on_progress=on_progress,
+        seed=recipe.seed,
+    )
 
 
 def _changed(module: nn.Module, splits: Splits, step: Spec, recipe: Recipe) -> Compressed:

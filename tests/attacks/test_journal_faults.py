@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tersor.errors import RunError
-from tersor.study.journal import Journal
+from tersor.runs.journal import Journal
 
 ROWS = [{"n": n, "é": "é" * n, "nested": {"values": [n / 7, "}\n{"]}} for n in range(3)]
 
@@ -222,7 +222,7 @@ def test_a_directory_a_fifo_and_a_missing_directory_are_refused(tmp_path):
 
 CHILD = """
 import sys
-from tersor.study.journal import Journal
+from tersor.runs.journal import Journal
 journal = Journal(sys.argv[1])
 journal.append({"from": "child"})
 print("ready", flush=True)
@@ -260,7 +260,7 @@ def test_a_killed_owner_frees_the_directory_and_its_rows_are_there(path, child):
 
 def test_killed_at_any_moment_no_acknowledged_row_is_lost(path):
     code = (
-        "import sys; from tersor.study.journal import Journal\n"
+        "import sys; from tersor.runs.journal import Journal\n"
         "journal = Journal(sys.argv[1]); start = len(journal.rows())\n"
         "for n in range(start, 10**9):\n"
         "    journal.append({'n': n, 'pad': 'x' * (n % 97)}); print(n, flush=True)\n"

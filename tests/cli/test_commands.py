@@ -1,5 +1,6 @@
 """The commands as a person types them, end to end on the embedded digits."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -119,7 +120,8 @@ def test_a_file_that_is_not_smaller_is_said_plainly(capsys, tmp_path, side, larg
 def test_people_get_text_and_json_gets_stdout_alone(home, capsys):
     weights = ("--weights", home / "net.safetensors")
     _, _, captured = run(capsys, "evaluate", "digits_net", *weights, "--data", "digits")
-    assert "accuracy" in captured.out
+    size = (home / "net.safetensors").stat().st_size
+    assert "accuracy" in captured.out and f"{size:,} bytes" in captured.out
     _, answer, captured = run(
         capsys, "evaluate", "digits_net", *weights, "--data", "digits", "--json"
     )
@@ -232,6 +234,12 @@ def test_interrupt_exits_130(capsys, monkeypatch):
     monkeypatch.setattr(tersor.pipeline, "resolve", stop)
     assert main(["inspect", "digits_net"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "tersor", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["tersor", importlib.metadata.version("tersor")], done.stderr
 
 
 def test_the_installed_command_answers_help_without_torch():

@@ -73,6 +73,7 @@ def test_a_student_of_ones_own_learns_and_people_get_a_table(teacher, capsys, tm
 def test_a_killed_training_goes_on_where_it_was(teacher, capsys, tmp_path, monkeypatch):
     """Ctrl-C in the middle: the checkpoint is kept, and the answer of the resumed run is that of one in one go."""
     whole, parts = tmp_path / "whole.tersor", tmp_path / "parts.tersor"
+    kept = tmp_path / "parts.tersor.steps"
     options = (*RECIPE, "--precision", "float32", "--json")
     _, expected, _ = run(capsys, *teacher, "--out", whole, *options)
     step, seen = training.Loop.step, []
@@ -80,13 +81,14 @@ def test_a_killed_training_goes_on_where_it_was(teacher, capsys, tmp_path, monke
     def interrupted(self, number):
         seen.append(number)
         if number == 20:
-            self.save(parts.with_suffix(".checkpoint"))
+            (checkpoint,) = (kept / "steps").iterdir()
+            self.save(checkpoint / "checkpoint")
             raise KeyboardInterrupt
         return step(self, number)
 
     monkeypatch.setattr(training.Loop, "step", interrupted)
     assert main(["distill", *teacher, "--out", str(parts), *options]) == 130
-    assert not parts.exists() and parts.with_suffix(".checkpoint").exists()
+    assert not parts.exists() and kept.exists()
     capsys.readouterr()
     monkeypatch.setattr(training.Loop, "step", lambda *a: seen.append(a[1]) or step(*a))
     seen.clear()
@@ -94,7 +96,7 @@ def test_a_killed_training_goes_on_where_it_was(teacher, capsys, tmp_path, monke
     assert code == 0 and seen[0] == 20
     assert told["agreement"] == expected["agreement"]
     assert parts.read_bytes() == whole.read_bytes()
-    assert not parts.with_suffix(".checkpoint").exists()
+    assert not kept.exists()
 
 
 REFUSALS = {

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses as dc
+import os
 
 import numpy as np
 import pytest
@@ -225,20 +226,30 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
         finetune(digits_net(), SPLITS, TINY, checkpoint=path)
 
 
+@pytest.mark.parametrize("function", ["write", "fsync", "replace"])
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_old_one_kept(
-    checkpoint, monkeypatch, tmp_path
+    checkpoint, monkeypatch, tmp_path, function
 ):
     before = checkpoint.read_bytes()
 
-    def full(content, target):
-        target.write_bytes(b"half")
+    def full(*values):
         raise OSError(28, "No space left on device")
 
     job = loop.Loop(digits_net(), SPLITS, TINY, {}, None, torch.device("cpu"))
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match=r"cannot be written: .*No space left"):
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(
+        RunError, match=r"cannot be written: No space left.*\d+ bytes of free space"
+    ):
         job.save(checkpoint)
     assert checkpoint.read_bytes() == before and list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_a_half_written_checkpoint_of_a_killed_training_goes_with_the_next_one(
+    checkpoint, tmp_path
+):
+    (tmp_path / f".tersor-{checkpoint.name}.part").write_bytes(b"half")
+    loop.Loop(digits_net(), SPLITS, TINY, {}, None, torch.device("cpu")).save(checkpoint)
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_a_checkpoint_in_a_missing_directory_is_told(tmp_path):

@@ -62,9 +62,10 @@ def test_the_held_out_drop_is_that_of_the_file(found, net, splits):
 def test_every_candidate_has_its_row_and_the_front_no_dominated_point(found):
     answer, out = found
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows[:2]] == ["original", "candidate 0"]
-    assert rows[-1]["step"] == "answer" and rows[-1]["met"]
-    built = [row for row in rows if row["step"].startswith("candidate")]
+    assert rows[0]["kind"] == "run" and rows[-1] == {"kind": "done"}
+    assert [row["step"] for row in rows[1:3]] == ["original", "candidate 0"]
+    assert rows[-2]["step"] == "answer" and rows[-2]["met"]
+    built = [row for row in rows if row.get("step", "").startswith("candidate")]
     assert len(built) >= 2 and all(row["size_bytes"] > 0 and row["engine"] for row in built)
     assert any(row["measured"] for row in answer.front)
     costs = [(r["size_bytes"], r["latency_ms"], r["drop_pt"]) for r in answer.front]
@@ -77,7 +78,7 @@ def test_every_candidate_has_its_row_and_the_front_no_dominated_point(found):
         "result.json",
         "rows.jsonl",
     }
-    assert not (out / "candidates").exists()
+    assert not (out / "steps").exists()
 
 
 def test_the_file_goes_back_into_the_users_class(found, net, splits):
@@ -90,10 +91,23 @@ def test_the_file_goes_back_into_the_users_class(found, net, splits):
     assert same.float().mean() > 0.9
 
 
-def test_an_answer_is_not_written_over(found, net):
-    _, out = found
-    with pytest.raises(RunError, match="holds an answer already"):
-        tersor.compress(net, "digits", tersor.Budget(drop=1), out=out)
+def test_an_answer_is_given_again_and_not_written_over(found, net):
+    answer, out = found
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "run.lock"}
+    options = {"out": out, "minutes": MINUTES, "use_labels": False}
+    again = tersor.compress(net, "digits", tersor.Budget(size="8x smaller", drop=3.0), **options)
+    assert again.notes[:-1] == answer.notes and "nothing was measured again" in again.notes[-1]
+    told, first = again.to_dict(), json.loads(json.dumps(answer.to_dict()))
+    for name in set(first) - {"notes"}:
+        assert json.loads(json.dumps(told[name])) == first[name], name
+    assert again.plan == answer.plan and again.drop == answer.drop
+    with pytest.raises(RunError, match=r"holds a run with budget.drop=3.0, now asked for 1"):
+        tersor.compress(net, "digits", tersor.Budget(size="8x smaller", drop=1), **options)
+    other = tersor.load_model("digits_net", seed=5)
+    with pytest.raises(RunError, match="holds a run with weights="):
+        tersor.compress(other, "digits", tersor.Budget(size="8x smaller", drop=3.0), **options)
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "run.lock"}
+    assert after == before
 
 
 def test_latency_and_multiplications_are_met_on_measuring_again(net, tmp_path):
@@ -116,7 +130,7 @@ def test_latency_and_multiplications_are_met_on_measuring_again(net, tmp_path):
 def test_an_impossible_budget_names_best_bound_and_layer(net, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(
-        BudgetError, match=r"size_bytes .* at layer '(features|classifier)"
+        BudgetError, match=r"size [0-9.]+ kB .* at layer '(features|classifier)"
     ) as raised:
         tersor.compress(net, "digits", tersor.Budget(size="2kB", drop=1), out=out, minutes=MINUTES)
     assert raised.value.exit_code == 3
@@ -171,6 +185,9 @@ def test_a_dry_run_predicts_and_writes_no_model(net, tmp_path):
     }  # fmt: skip
     assert [p.name for p in (tmp_path / "out").glob("*.tersor")] == []
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["predicted"]
+    assert list((tmp_path / "out" / "steps").glob("bits-*")), (
+        "a search goes on from what it measured"
+    )
 
 
 class Plain(nn.Module):

@@ -5,13 +5,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
 from tersor.data import load_data
 from tersor.errors import MissingExtraError, RunError, SpecError, UnknownNameError
-from tersor.study.journal import read_rows
+from tersor.runs.journal import read_rows
 from tersor.study.run import run_study
 from tersor.study.settings import StudySettings
 
@@ -189,3 +190,75 @@ def test_kill_9_and_resume_loses_no_finished_row(after_s, data, tmp_path):
     whole = before[: before.rfind(b"\n") + 1]
     assert path.read_bytes().startswith(whole)
     assert accuracy_keys(read_rows(path)) == EXPECTED
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # those of ray are not ours
+def test_the_grid_on_a_ray_cluster_gives_the_rows_of_one_process(finished, data, tmp_path):
+    """And a worker that is killed once costs its cell no row and doubles none."""
+    ray = pytest.importorskip("ray", reason="ray is not installed (extra 'ray')")
+    _, _, alone = finished
+    killed = []
+
+    def watch(text, share):
+        """Kills a worker once, when the grid has begun."""
+        if " pruned " in text and not killed:
+            killed.append(kill_a_worker())
+
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as place:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=place)
+        try:
+            run_study(SMALL, data, tmp_path, executor="ray", watch=watch)
+        finally:
+            ray.shutdown()
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert accuracy_keys(rows) == EXPECTED and killed == [True]
+
+    def accuracies(rows):
+        keys = ("variant", "scope", "sparsity", "recovery", "engine")
+        return {tuple(r[k] for k in keys): r["accuracy"] for r in rows if r["kind"] == "accuracy"}
+
+    for key, accuracy in accuracies(alone).items():
+        assert accuracies(rows)[key] == pytest.approx(accuracy, abs=0.03), key
+
+
+def kill_a_worker():
+    """End a Ray worker that computes, as a machine that goes away would."""
+    for place in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            name = place.read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"ray::_serve"):
+            os.kill(int(place.parent.name), signal.SIGKILL)
+            return True
+    return False
+
+
+def test_an_executor_that_is_unknown_or_would_be_timed_is_refused_before_any_work(data, tmp_path):
+    import dataclasses
+
+    with pytest.raises(UnknownNameError, match="unknown executor 'rya'"):
+        run_study(SMALL, data, tmp_path / "out", executor="rya")
+    with pytest.raises(SpecError, match="time_pruned beside other work"):
+        asked = dataclasses.replace(SMALL, time_pruned=True)
+        run_study(asked, data, tmp_path / "out", executor="ray")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_of_the_same_name_and_another_version_are_refused(finished, data, monkeypatch):
+    import dataclasses
+    import importlib.metadata
+
+    out, _, _ = finished
+    images = data.test.images.copy()
+    images[0, 0, 0, 0] ^= 1
+    other = dataclasses.replace(data, test=dataclasses.replace(data.test, images=images))
+    with pytest.raises(RunError, match="data_fingerprint="):
+        run_study(SMALL, other, out)
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "99" if name == "tersor" else real(name)
+    )
+    with pytest.raises(RunError, match=r"tersor=.*now asked for '99'"):
+        run_study(SMALL, data, out)

@@ -50,15 +50,26 @@ def read_exactly(file: FileIO, size_bytes: int, what: str) -> npt.NDArray[np.uin
     return data
 
 
-def write_whole(path: pathlib.Path, parts: Iterable[bytes | memoryview], size_bytes: int) -> None:
+def write_whole(
+    path: pathlib.Path,
+    parts: Iterable[bytes | memoryview],
+    size_bytes: int,
+    *,
+    again: bool = False,
+) -> None:
     """Make `path` a file of `parts`, `size_bytes` in all, or leave what was there.
 
-    The bytes go to a new file in the same directory and to the disk before it takes the name.
+    The bytes go to a new file in the same directory and to the disk before it takes the name. A process that
+    is killed while it writes leaves the new file behind; with `again`, for a file that is written again and
+    again by one process, that file has always the same name, and the next call removes it.
     Raises RunError naming `path`.
     """
     _check_place(path)
-    temporary = path.with_name(f".tersor-{secrets.token_hex(8)}.part")
+    tag = path.name if again else secrets.token_hex(8)
+    temporary = path.with_name(f".tersor-{tag}.part")
     try:
+        if again:
+            temporary.unlink(missing_ok=True)
         _write_new(temporary, parts)
         temporary.replace(path)
     except BaseException as error:
@@ -66,7 +77,7 @@ def write_whole(path: pathlib.Path, parts: Iterable[bytes | memoryview], size_by
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = f"; {size_bytes} bytes of free space are needed" if full else ""
         raise RunError(f"{path} cannot be written: {error.strerror or error}{remedy}") from None
     _sync_directory(path)

@@ -59,6 +59,13 @@ class Drop:
         """A JSON-ready dict."""
         return {**dc.asdict(self), "judged_pt": self.judged_pt}
 
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Drop:
+        """The drop that `to_dict` told."""
+        held = {field.name: told[field.name] for field in dc.fields(cls)}
+        found = held["interval"]
+        return cls(**{**held, "interval": None if found is None else Interval(**found)})
+
 
 def measured_drop(
     original: FloatArray, changed: FloatArray, labels: npt.NDArray[np.int64] | None = None

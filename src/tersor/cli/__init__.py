@@ -7,8 +7,9 @@ import functools
 import importlib.metadata
 import io
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -27,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tersor {importlib.metadata.version('tersor')}")
         return 0
     try:
-        with trusting(arguments) as trusted:
+        with _leader_alone_prints(), trusting(arguments) as trusted:
             answer = _parsed(trusted)()
-        if "--json" in arguments:
-            print(json.dumps(answer, allow_nan=False))
+            if "--json" in arguments:
+                print(json.dumps(answer, allow_nan=False))
     except TersorError as error:
         return _failed(str(error), error.exit_code, arguments)
     except KeyboardInterrupt:
@@ -39,6 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader went away; there is nobody to tell
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _leader_alone_prints() -> Iterator[None]:
+    """Under torchrun every process runs the command, and one has the word."""
+    if not _rank():
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _rank() -> int:
+    """The number of this process among those that torchrun started, else 0."""
+    if "MASTER_ADDR" not in os.environ:
+        return 0
+    from tersor.runs.processes import processes
+
+    return processes().rank
 
 
 def _parsed(arguments: list[str]) -> Callable[[], dict[str, Any]]:
@@ -85,5 +105,6 @@ def _deferred(command: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
 def _failed(message: str, code: int, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
         raise
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"tersor: {message}"))
+    who = f"tersor, process {_rank()}" if _rank() else "tersor"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"{who}: {message}"))
     return code

@@ -21,7 +21,7 @@ from tersor.cli.quantization import quantize
 from tersor.cli.sensitivity import sensitivity
 from tersor.cli.squeezing import squeeze
 from tersor.cli.studies import demo, report, study
-from tersor.cli.targets import writable
+from tersor.cli.targets import keeping, writable
 from tersor.specs import Finetune
 
 
@@ -36,7 +36,7 @@ def train(
     recipe: Finetune = Finetune(),  # noqa: B008
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Train a network, or go on from weights; resumes after a kill.
+    """Train a network, or go on from weights; a killed training goes on from OUT.steps.
 
     Args:
         out: file for the weights (.safetensors); a .json with recipe and accuracy is written beside it
@@ -49,16 +49,16 @@ def train(
     target = writable(out, ".safetensors")
     module = load_model(model, weights=weights, num_classes=num_classes, seed=recipe.seed)
     splits = load_data(data)
-    checkpoint = target.with_suffix(".checkpoint")
-    with watching() as watch:
+    asked = {"train": recipe.to_dict()}
+    with keeping(target, model, splits, {"weights": module}, **asked) as run, watching() as watch:
         trained = finetune(
             module,
             splits,
             recipe,
-            checkpoint=checkpoint,
+            checkpoint=run.checkpoint("training", {}),
             on_progress=training_watch(watch, f"train {model}"),
         )
-    size = save_weights(trained.module, target)
+        size = save_weights(trained.module, target)
     answer = {
         "model": model,
         "data": splits.name,
@@ -78,7 +78,6 @@ def train(
     for note in trained.notes:
         say(output, note)
     target.with_suffix(".json").write_text(json.dumps(answer, indent=1) + "\n")
-    checkpoint.unlink(missing_ok=True)
     say(
         output,
         f"validation accuracy {answer['validation_accuracy']:.2%} (n = {len(splits.validation)}, "

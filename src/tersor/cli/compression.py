@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses as dc
-import json
-import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, Watch, say, training_watch, watching
-from tersor.cli.targets import coverage, provenance, told, writable
-from tersor.errors import RunError
+from tersor.cli.targets import coverage, keeping, provenance, told, writable
 from tersor.specs import Factorize, Finetune, Plan, Prune, Quantize, Recipe
 
 if TYPE_CHECKING:  # slow to import, and only named here
@@ -25,9 +20,10 @@ if TYPE_CHECKING:  # slow to import, and only named here
     from tersor.methods.finetune import Progress
     from tersor.pipeline import Compressed
     from tersor.recipe import Made
+    from tersor.runs import Run
 
-    # the last: a directory for what trainings resume from
-    Make = Callable[[nn.Module, Splits, Watch, pathlib.Path], Made]
+    # the last keeps what a killed call made
+    Make = Callable[[nn.Module, Splits, Watch, Run], Made]
 
 
 @dc.dataclass(frozen=True)
@@ -135,17 +131,17 @@ def by_recipe(
     measure: bool,
     output: Output,
 ) -> dict[str, Any]:
-    """Apply the steps of a recipe to a network and write it as a .tersor file; trainings resume from OUT.steps
-    after a kill."""
+    """Apply the steps of a recipe to a network and write it as a .tersor file; what a killed call made is kept in
+    OUT.steps, and gone on from."""
     from tersor.recipe import read_recipe, run_recipe
 
     asked = read_recipe(recipe)
 
-    def make(module: nn.Module, splits: Splits, watch: Watch, steps: pathlib.Path) -> Made:
+    def make(module: nn.Module, splits: Splits, watch: Watch, run: Run) -> Made:
         def told_of(named: str, progress: Progress) -> None:
             training_watch(watch, named)(progress)
 
-        return run_recipe(module, splits, asked, checkpoints=steps, on_progress=told_of)
+        return run_recipe(module, splits, asked, run=run, on_progress=told_of)
 
     task = _Task(model, data, out, weights, num_classes, save_weights, asked.seed, output)
     return task.run(asked, make, measure)
@@ -154,7 +150,7 @@ def by_recipe(
 def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int) -> Make:
     """`change`, with what follows it."""
 
-    def make(module: nn.Module, splits: Splits, watch: Watch, steps: pathlib.Path) -> Made:
+    def make(module: nn.Module, splits: Splits, watch: Watch, run: Run) -> Made:
         from tersor.methods.restore import unheld
         from tersor.pipeline import deployment_graph
         from tersor.recipe import Made
@@ -165,34 +161,13 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
             reestimate=recovery.reestimate,
             augment=recovery.augment,
             recovery=recovery.training(seed),
-            checkpoint=steps / "training.checkpoint",
+            checkpoint=run.checkpoint("training", {}),
             on_progress=training_watch(watch, "fine-tune"),
         )
         graph = deployment_graph(found.module, splits.input_shape)
         return Made(graph, found.module, found.plan, unheld(found.module, graph))
 
     return make
-
-
-@contextlib.contextmanager
-def _steps(target: pathlib.Path, asked: dict[str, Any]) -> Iterator[pathlib.Path]:
-    """A directory beside the target, which holds what was `asked`. What ends early leaves it where a training can go
-    on from it."""
-    steps = target.with_suffix(".steps")
-    note, text = steps / "asked.json", json.dumps(asked, indent=1) + "\n"
-    if note.exists() and note.read_text() != text:
-        raise RunError(
-            f"{steps} holds trainings of another request (see {note.name}); remove it to start anew, or give another "
-            "--out"
-        )
-    steps.mkdir(exist_ok=True)
-    note.write_text(text)
-    try:
-        yield steps
-    except BaseException:
-        if list(steps.iterdir()) == [note]:
-            shutil.rmtree(steps)
-        raise
 
 
 @dc.dataclass(frozen=True)
@@ -224,17 +199,15 @@ class _Task:
         )
         module = subject.need_module("changing a network")
         splits = load_data(self.data)
-        asked = {"options": options, "recipe": request.to_dict()}
-        for field in ("model", "data", "weights", "num_classes", "seed"):
-            asked[field] = getattr(self, field)
-        with watching() as watch, _steps(target, asked) as steps:
-            made = make(module, splits, watch, steps)
-        split = _split_where_faster(made.graph, request) if measure else []
-        whence = provenance(self.model, splits.name)
-        size = write(made.graph, target, plan=made.plan, provenance=whence, state=made.state)
-        if kept is not None:
-            save_weights(made.module, kept)
-        shutil.rmtree(steps)
+        asked = {"recipe": request.to_dict(), "options": options, "seed": self.seed}
+        with keeping(target, self.model, splits, {"weights": module}, **asked) as run:
+            with watching() as watch:
+                made = make(module, splits, watch, run)
+            split = _split_where_faster(made.graph, request) if measure else []
+            whence = provenance(self.model, splits.name)
+            size = write(made.graph, target, plan=made.plan, provenance=whence, state=made.state)
+            if kept is not None:
+                save_weights(made.module, kept)
         plan = made.plan or Plan(Recipe(()))  # a recipe that trains alone has decided nothing
         for earlier in plan.earlier:
             coverage(self.output, earlier)

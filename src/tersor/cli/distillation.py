@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, show_table, training_watch, watching
-from tersor.cli.targets import provenance, writable
+from tersor.cli.targets import keeping, provenance, writable
 from tersor.errors import SpecError
 from tersor.specs import Finetune
 
@@ -59,7 +59,7 @@ def distill(
     save_weights: str | None = None,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Train a smaller student to answer as a network does, without labels; resumes after a kill.
+    """Train a smaller student to answer as a network does, without labels; a killed training goes on from OUT.steps.
 
     Args:
         out: the file to write (.tersor)
@@ -80,21 +80,22 @@ def distill(
     teacher = subject.need_module("distillation")
     splits = load_data(data)
     name, student = _student(model, teacher, splits, learner, num_classes, recipe.seed)
-    checkpoint = target.with_suffix(".checkpoint")
-    with watching() as watch:
-        trained = train_student(
-            teacher,
-            student,
-            splits,
-            recipe,
-            checkpoint=checkpoint,
-            on_progress=training_watch(watch, f"distill {model}"),
-        )
-    graph = deployment_graph(trained.module, splits.input_shape)
-    whence = provenance(name, splits.name, teacher=model)
-    size = write(graph, target, provenance=whence, state=unheld(trained.module, graph))
-    if kept is not None:
-        save_state(trained.module, kept)
+    networks = {"weights": teacher, "student": student}
+    with keeping(target, model, splits, networks, distill=recipe.to_dict()) as run:
+        with watching() as watch:
+            trained = train_student(
+                teacher,
+                student,
+                splits,
+                recipe,
+                checkpoint=run.checkpoint("training", {}),
+                on_progress=training_watch(watch, f"distill {model}"),
+            )
+        graph = deployment_graph(trained.module, splits.input_shape)
+        whence = provenance(name, splits.name, teacher=model)
+        size = write(graph, target, provenance=whence, state=unheld(trained.module, graph))
+        if kept is not None:
+            save_state(trained.module, kept)
     held, labels = splits.validation, splits.validation.labels
     answer = {
         "teacher": model,
@@ -116,7 +117,6 @@ def distill(
         "size_bytes": size,
         "out": str(target),
     }
-    checkpoint.unlink(missing_ok=True)
     _show(output, answer)
     return answer
 

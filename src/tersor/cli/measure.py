@@ -71,7 +71,8 @@ def evaluate(
     }
     say(
         output,
-        f"accuracy {scores[0].accuracy:.2%} (n = {scores[0].num_samples}, {splits.name}, {part})",
+        f"accuracy {scores[0].accuracy:.2%} (n = {scores[0].num_samples}, {splits.name}, {part})"
+        + ("" if size is None else f", {size:,} bytes"),
     )
     if len(scores) == 2:
         interval = paired_interval(scores[0], scores[1])

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
-from tersor.cli.output import Output, say, show_table, watching
+from tersor.cli.output import Output, say, say_interrupted, show_table, watching
 from tersor.errors import SpecError
 from tersor.specs import Budget
 
 if TYPE_CHECKING:  # slow to import, and only named here
-    from tersor.ondemand.compress import Answer
+    from tersor.ondemand.answer import Answer
 
 BUDGET = ("size", "latency", "macs", "energy", "drop")
 
@@ -42,6 +42,7 @@ def compress(
     num_classes: int | None = None,
     save_weights: str | None = None,
     measure: bool = True,
+    executor: str = "local",
     seed: int = 0,
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def compress(
         recipe: a JSON file: {"steps": [{"kind": "prune", ...}, {"kind": "finetune", ...}, {"kind": "quantize", ...}]}
         save_weights: with --recipe, also write the network's weights before it is quantized (.safetensors)
         measure: with --recipe, as of prune
+        executor: where networks that lost channels are made and trained: local, or ray, several at once on a Ray
+            cluster that runs already; times are measured here
     """
     words = {"size": size, "latency": latency, "macs": macs, "energy": energy, "drop": drop}
     if recipe is not None:
@@ -99,8 +102,10 @@ def compress(
             use_labels=labels,
             dry_run=dry_run,
             examples=examples,
+            executor=executor,
             seed=seed,
             on_progress=watch,
+            on_interrupt=say_interrupted,
         )
     _show(output, answer, dry_run)
     return answer.to_dict()

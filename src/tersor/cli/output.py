@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,9 +68,20 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def say_interrupted() -> None:
+    """What the first Ctrl-C of a run answers, from within its handler."""
+    os.write(2, b"\ninterrupted: what runs is finished and kept; Ctrl-C again stops at once\n")
+
+
 @contextlib.contextmanager
 def watching() -> Iterator[Watch]:
-    """A progress line on stderr: a live bar on a terminal, one line a step elsewhere."""
+    """A progress line on stderr: a live bar on a terminal, one line a step elsewhere. Of several processes the
+    leader alone shows it."""
+    from tersor.runs.processes import processes
+
+    if not processes().leads:
+        yield lambda text, share: None
+        return
     screen = Console(stderr=True, highlight=False, soft_wrap=True)
     if not screen.is_terminal:
         last = ["", -1]

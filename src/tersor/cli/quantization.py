@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from tyro.conf import Positional
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.measure import images_to_compare
 from tersor.cli.output import Output, say, show_table, training_watch, watching
-from tersor.cli.targets import provenance, told, writable
+from tersor.cli.targets import keeping, provenance, told, writable
 from tersor.errors import EngineError, SpecError
 from tersor.specs import Finetune, Quantize
 
@@ -68,39 +69,46 @@ def quantize(
         raise SpecError("--engine compares engines on calibration inputs; give --data")
     if engine is None and (batch != 1 or threads is not None):
         raise SpecError("--batch and --threads do nothing without --engine")
-    float_size, graph = 0, None
-    if training is not None:
-        assert splits is not None
-        module = subject.need_module("mode qat")
-        with watching() as watch:
-            quantized = quantize_network(
-                module,
-                splits,
-                request,
-                training,
-                fold_copies=fold_copies,
-                on_progress=training_watch(watch, f"quantize {model}"),
+    float_size, graph, choice = 0, None, None
+    with contextlib.ExitStack() as trained:
+        if training is not None:
+            assert splits is not None
+            module = subject.need_module("mode qat")
+            asked = {"quantize": request.to_dict(), "training": training.to_dict()}
+            run = trained.enter_context(
+                keeping(
+                    target, model, splits, {"weights": module}, fold_copies=fold_copies, **asked
+                )
             )
-    else:
-        graph = subject.graph(
-            _shape(subject.artifact is not None, splits, input_shape), fold_copies=fold_copies
+            with watching() as watch:
+                quantized = quantize_network(
+                    module,
+                    splits,
+                    request,
+                    training,
+                    fold_copies=fold_copies,
+                    checkpoint=run.checkpoint("training", {}),
+                    on_progress=training_watch(watch, f"quantize {model}"),
+                )
+        else:
+            graph = subject.graph(
+                _shape(subject.artifact is not None, splits, input_shape), fold_copies=fold_copies
+            )
+            quantized = quantize_graph(graph, splits, request)
+            float_size = graph.ByteSize()
+        if engine is not None:
+            assert splits is not None  # checked above
+            where = (engine, batch, threads)
+            quantized, choice = _chosen(quantized, graph, splits, request, where, output)
+        whence = provenance(model, None if splits is None else splits.name)
+        held = dc.replace(subject, module=quantized.module or subject.module)
+        size = write(
+            quantized.graph,
+            target,
+            plan=quantized.plan.after(() if subject.plan is None else (subject.plan,)),
+            provenance=whence,
+            state=held.state(quantized.graph),
         )
-        quantized = quantize_graph(graph, splits, request)
-        float_size = graph.ByteSize()
-    choice = None
-    if engine is not None:
-        assert splits is not None  # checked above
-        where = (engine, batch, threads)
-        quantized, choice = _chosen(quantized, graph, splits, request, where, output)
-    whence = provenance(model, None if splits is None else splits.name)
-    held = dc.replace(subject, module=quantized.module or subject.module)
-    size = write(
-        quantized.graph,
-        target,
-        plan=quantized.plan.after(() if subject.plan is None else (subject.plan,)),
-        provenance=whence,
-        state=held.state(quantized.graph),
-    )
     answer = told(output, target, size, quantized.plan)
     shares = quantized.coverage.to_dict()
     macs, weights_covered = shares["macs_share"], shares["bytes_share"]

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from tersor.cli.arguments import Data, Model, Weights
 from tersor.cli.output import Output, say, training_watch, watching
-from tersor.cli.targets import provenance, told, writable
+from tersor.cli.targets import keeping, provenance, told, writable
 from tersor.specs import Squeeze
 
 
@@ -38,7 +38,7 @@ def squeeze(
     Without --epochs nothing is trained and no label is read. Give one of --size, --drop and --price.
 
     Args:
-        out: the file to write (.tersor); a training resumes from OUT.checkpoint after a kill
+        out: the file to write (.tersor); a killed training goes on from OUT.steps
         size: of the whole file at most: 500kB, 1.5MB, 192KiB
         drop: points of accuracy on the validation images that may be lost
         price: what a bit may cost, in nats of KL from the original's answers
@@ -72,20 +72,18 @@ def squeeze(
     module = subject.need_module("squeezing")
     splits = load_data(data, num_calibration=request.num_calibration)
     whence = provenance(model, splits.name)
-    checkpoint = target.with_suffix(".checkpoint")
-    with watching() as watch:
-        found = squeeze_network(
-            module,
-            splits,
-            request,
-            provenance=whence,
-            checkpoint=checkpoint,
-            told=watch,
-            on_progress=training_watch(watch, f"squeeze {model}"),
-        )
-    size_bytes = write(found.graph, target, plan=found.plan, provenance=whence)
-    for place in (checkpoint, checkpoint.with_suffix(".start")):
-        place.unlink(missing_ok=True)
+    with keeping(target, model, splits, {"weights": module}, squeeze=request.to_dict()) as run:
+        with watching() as watch:
+            found = squeeze_network(
+                module,
+                splits,
+                request,
+                provenance=whence,
+                checkpoint=run.checkpoint("training", {}),
+                told=watch,
+                on_progress=training_watch(watch, f"squeeze {model}"),
+            )
+        size_bytes = write(found.graph, target, plan=found.plan, provenance=whence)
     answer = told(output, target, size_bytes, found.plan)
     weights_held = sum(each.outputs.size * each.inputs.size for each in found.layers.values())
     code_bytes = sum(each.size_bytes for each in found.layers.values())

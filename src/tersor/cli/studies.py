@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from tersor.cli.arguments import Data
-from tersor.cli.output import Output, say, show_table, watching
+from tersor.cli.output import Output, say, say_interrupted, show_table, watching
 from tersor.errors import RunError, SpecError
 from tersor.study.settings import StudySettings
 
@@ -45,6 +45,7 @@ def study(
     out: str,
     weights: tuple[str, ...] = (),
     settings: StudySettings = StudySettings(),  # noqa: B008
+    executor: str = "local",
     output: Output = Output(),  # noqa: B008
 ) -> dict[str, Any]:
     """Run the study: pruning and quantization of each network, with tables, figures and a page.
@@ -52,6 +53,7 @@ def study(
     Args:
         out: directory for rows, files and the report; the same call again goes on where it stopped
         weights: trained float weights, NAME=FILE for each network; a network without is trained first
+        executor: where the grid of pruned networks is measured: local, or ray, a Ray cluster that runs already
     """
     named = {}
     for item in weights:
@@ -61,15 +63,20 @@ def study(
                 f"--weights {item!r}: expected NAME=FILE, for instance resnet18=net.safetensors"
             )
         named[name] = file
-    return _run(settings, data, out, named, output)
+    return _run(settings, data, out, named, output, executor)
 
 
 def _run(
-    settings: StudySettings, data: str, out: str, weights: dict[str, str], output: Output
+    settings: StudySettings,
+    data: str,
+    out: str,
+    weights: dict[str, str],
+    output: Output,
+    executor: str = "local",
 ) -> dict[str, Any]:
     from tersor.data import load_data
     from tersor.report import summary
-    from tersor.study.journal import read_rows
+    from tersor.runs.journal import read_rows
     from tersor.study.run import run_study
 
     directory = pathlib.Path(out)
@@ -77,7 +84,15 @@ def _run(
         data, seed=settings.seed, num_calibration=max(2048, settings.num_calibration)
     )
     with watching() as watch:
-        page = run_study(settings, splits, directory, weights=weights, watch=watch)
+        page = run_study(
+            settings,
+            splits,
+            directory,
+            weights=weights,
+            watch=watch,
+            executor=executor,
+            tell=say_interrupted,
+        )
     rows = read_rows(directory / "rows.jsonl")
     _show_closing(output, rows, page)
     return {"report": str(page), "rows": len(rows), "summary": summary(rows)}
@@ -97,7 +112,7 @@ def report(
     """
     from tersor.report import markdown as to_markdown
     from tersor.report import write_report
-    from tersor.study.journal import read_rows
+    from tersor.runs.journal import read_rows
 
     source = pathlib.Path(directory) / "rows.jsonl"
     if not source.is_file():

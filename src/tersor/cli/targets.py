@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
-from typing import Any
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from tersor.cli.output import Output, say, show_table
+from tersor.cli.output import Output, say, say_interrupted, show_table
 from tersor.errors import RunError, SpecError
 from tersor.specs import Plan
+
+if TYPE_CHECKING:  # slow to import, and only named here
+    from torch import nn
+
+    from tersor.data.arrays import Splits
+    from tersor.runs import Run
 
 PICTURES = (".html", ".svg")
 
@@ -55,6 +64,8 @@ def provenance(model: str, data: str | None, **more: str) -> dict[str, Any]:
 
 def writable(path: str, suffix: str) -> pathlib.Path:
     """The target, checked before any work is done: its ending, its directory, and that it can be written."""
+    from tersor.runs.processes import processes, scratch
+
     target = pathlib.Path(path)
     if target.suffix != suffix:
         raise SpecError(f"--out {path}: expected a name that ends in {suffix}")
@@ -67,7 +78,42 @@ def writable(path: str, suffix: str) -> pathlib.Path:
         probe.unlink()
     except OSError as error:
         raise RunError(f"{target} cannot be written: {error.strerror or error}") from None
-    return target
+    # Of several processes one writes what is kept.
+    return target if processes().leads else scratch() / target.name
+
+
+@contextlib.contextmanager
+def keeping(
+    target: pathlib.Path,
+    model: str,
+    splits: Splits,
+    networks: Mapping[str, nn.Module],
+    **asked: Any,
+) -> Iterator[Run]:
+    """The run in OUT.steps that a killed command goes on from, as long as it is asked the same of the same networks
+    and data; gone once the block ends well, and where it ends otherwise and nothing was kept."""
+    import importlib.metadata
+
+    from tersor.methods.together import digest
+    from tersor.runs import Run
+
+    steps = target.with_name(f"{target.name}.steps")
+    done = False
+    with Run(steps, tell=say_interrupted) as run:
+        run.begin(
+            model=model,
+            data=splits.name,
+            **{name: digest(network) for name, network in networks.items()},
+            data_fingerprint=splits.fingerprint(),
+            **asked,
+            tersor=importlib.metadata.version("tersor"),
+        )
+        try:
+            yield run
+            done = True
+        finally:
+            if done or not run.kept:
+                shutil.rmtree(run.directory, ignore_errors=True)
 
 
 def picture(out: str) -> pathlib.Path:

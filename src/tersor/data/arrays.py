@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,6 +57,16 @@ class Splits:
         """(C, H, W) of one image."""
         channels, height, width = self.train.images.shape[1:]
         return int(channels), int(height), int(width)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the images and labels of all parts (SHA-256): other data, other digits."""
+        digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
+        for part in (self.train, self.calibration, self.validation, self.test):
+            for array in (part.images, part.labels):
+                if array is not None:
+                    digest.update(repr((array.shape, array.dtype.str)).encode())
+                    digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
     def normalise(self, images: npt.NDArray[np.uint8] | FloatArray) -> FloatArray:
         """Images (N, C, H, W) to the float32 input of a network: (x / 255 - mean) / std for uint8;

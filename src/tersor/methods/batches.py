@@ -7,32 +7,36 @@ from torch.nn import functional
 
 from tersor.data.arrays import Splits
 from tersor.methods.steps import augmented
+from tersor.methods.together import Together
 from tersor.specs import Finetune
 
 
 class Batches:
     """Batches of splits.train. Every epoch sees every image once, in an order of its own, but for the
-    rest that fills no batch."""
+    rest that fills no batch. Of several processes each takes its part of every batch."""
 
     def __init__(self, splits: Splits, spec: Finetune, device: torch.device) -> None:
         self.splits, self.spec, self.device = splits, spec, device
         self.count = len(splits.train)
         self.size = min(spec.batch_size, self.count)
         self.steps_per_epoch = self.count // self.size
+        self.together = Together(self.size)
         self.images = torch.from_numpy(splits.train.images)
         labels = splits.train.labels
         self.labels = None if labels is None else torch.from_numpy(labels)
 
-    def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs (N, C, H, W) float32, normalised, channels_last, and labels (N,) int64 or None."""
+    def at(self, step: int, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inputs (N, C, H, W) float32, normalised, channels_last, and labels (N,) int64 or None: this process's
+        part of the batch, or the `whole`."""
+        part = slice(0, self.size) if whole else self.together.part
         epoch, position = divmod(step, self.steps_per_epoch)
         order = torch.randperm(
             self.count, generator=torch.Generator().manual_seed(self.spec.seed * 1_000_003 + epoch)
         )
-        index = order[position * self.size : (position + 1) * self.size]
+        index = order[position * self.size : (position + 1) * self.size][part]
         pixels = torch.from_numpy(self.splits.normalise(self.images[index].numpy()))
         generator = torch.Generator().manual_seed(self.spec.seed * 7_368_787 + step)
-        pixels = augmented(pixels, self.spec.augment, generator)
+        pixels = augmented(pixels, self.spec.augment, generator, part, self.size)
         if self.spec.small_size and step < self.spec.small_epochs * self.steps_per_epoch:
             size = (self.spec.small_size, self.spec.small_size)
             pixels = functional.interpolate(pixels, size, mode="bilinear", antialias=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,22 @@ class BitOptions:
             Option(bits, num_weights * each + rows, self.harm_kl[bits] * harm_factor)
             for bits, each in self.bytes_each.items()
         ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {f.name: getattr(self, f.name) for f in dc.fields(self)} | {
+            name: {str(bits): value for bits, value in getattr(self, name).items()}
+            for name in ("bytes_each", "harm_kl")
+        }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> BitOptions:
+        """What `to_dict` told."""
+        by_bits = {
+            name: {int(bits): value for bits, value in told[name].items()}
+            for name in ("bytes_each", "harm_kl")
+        }
+        return cls(told["layer"], told["num_weights"], told["num_outputs"], **by_bits)
 
 
 def bit_options(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+from tersor.artifact.storage import write_whole
 from tersor.errors import RunError
 from tersor.specs import Finetune
 
@@ -16,16 +19,40 @@ ANEW = "remove it to start anew"
 
 def write_checkpoint(path: pathlib.Path, spec: Finetune, parts: Mapping[str, Any]) -> None:
     """Write `parts` (tensors and plain values by name) for a training by `spec`; the old file stays until the
-    new one is whole. Raises RunError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.part")
+    new one is whole and on the disk. Raises RunError where it cannot be written."""
+    held = io.BytesIO()
+    torch.save({"spec": repr(spec), **parts}, held)
+    write_whole(path, [held.getbuffer()], held.getbuffer().nbytes, again=True)
+
+
+def state_bytes(module: nn.Module) -> bytes:
+    """Parameters and buffers of a network, for `write_state`."""
+    held = io.BytesIO()
+    torch.save(module.state_dict(), held)
+    return held.getvalue()
+
+
+def write_state(path: pathlib.Path, state: bytes) -> None:
+    """Write what `state_bytes` gave. Raises RunError where it cannot be written."""
+    write_whole(path, [state], len(state))
+
+
+def read_state_(path: pathlib.Path, module: nn.Module) -> None:
+    """Put what `write_state` wrote into a network of the same shape. Raises RunError."""
     try:
-        try:
-            torch.save({"spec": repr(spec), **parts}, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"checkpoint {path} cannot be written: {error}") from None
+        module.load_state_dict(torch.load(path, weights_only=True))
+    except Exception as error:
+        raise RunError(f"{path} cannot be read ({error}); {ANEW}") from None
+
+
+def found_bytes(path: pathlib.Path) -> bytes | None:
+    """The bytes of a checkpoint; None where there is none. Raises RunError for one that cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"checkpoint {path} cannot be read ({error.strerror}); {ANEW}") from None
 
 
 def read_checkpoint(
@@ -33,23 +60,25 @@ def read_checkpoint(
     spec: Finetune,
     device: torch.device,
     restore: Mapping[str, Callable[[Any], object]],
+    content: bytes,
 ) -> None:
-    """Hand each part of a checkpoint to the function of its name in `restore`, in that order.
+    """Hand each part of the checkpoint `path`, of this `content`, to the function of its name in `restore`, in that
+    order.
 
     Raises RunError for a file that is no checkpoint, one of another recipe, and one whose parts do not fit.
     """
     try:
-        content: Any = torch.load(path, map_location=device, weights_only=True)
+        held: Any = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:
         raise RunError(f"checkpoint {path} cannot be read ({error}); {ANEW}") from None
-    if not isinstance(content, dict) or {"spec", *restore} - set(content):
+    if not isinstance(held, dict) or {"spec", *restore} - set(held):
         raise RunError(f"{path} is not a checkpoint of a training; {ANEW}")
-    if content["spec"] != repr(spec):
+    if held["spec"] != repr(spec):
         raise RunError(
-            f"checkpoint {path} belongs to another recipe: {content['spec']}, asked for {spec!r}; {ANEW}"
+            f"checkpoint {path} belongs to another recipe: {held['spec']}, asked for {spec!r}; {ANEW}"
         )
     try:
         for name, put in restore.items():
-            put(content[name])
+            put(held[name])
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"checkpoint {path} belongs to another network ({error}); {ANEW}") from None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
 
 def training_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator where there is one, else the CPU; of several accelerators that of this process."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return torch.device("cuda", number)
 
 
 def on_device(module: nn.Module, device: torch.device) -> nn.Module:

@@ -15,8 +15,10 @@ from tersor.data.arrays import ArraySet, Splits
 from tersor.errors import DataError, ModelError
 from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.methods.device import off_device, on_device, training_device, usable_precision
-from tersor.methods.interrupt import noted_interrupts
-from tersor.methods.training import Control, Loop, Masks, Progress
+from tersor.methods.progress import Control, Progress
+from tersor.methods.together import digest, digest_of
+from tersor.methods.training import Loop, Masks
+from tersor.runs.interrupts import noted_interrupts
 from tersor.specs import Finetune
 
 __all__ = ["Progress", "Trained", "finetune", "training_accuracy"]
@@ -65,6 +67,12 @@ def finetune(
     finite state back, from which the rate is a quarter, and is told in Trained.notes. Raises DataError for
     missing labels, ModelError for a loss that is not finite again and again, and for options that do not
     fit the network.
+
+    Under torchrun or accelerate launch, where each process calls this alike, every process takes a part of each
+    batch, and together they make the steps of one (`methods.together`): the result is the same in all, and that
+    of one process but for the order of sums. The leader (rank 0) alone writes the checkpoint, which any number
+    of processes goes on from, and is told of the progress. Raises RunError where a process is lost or was given
+    something else.
     """
     if spec.needs_labels and splits.train.labels is None:
         raise DataError("training with labels asked for, but the data has none; use distill=1.0")
@@ -81,7 +89,18 @@ def finetune(
     folded, small_masks = ([], masks or {}) if computed else fold_copies_(student, example, masks)
     student = on_device(student, device).train()
     loop = Loop(student, splits, spec, small_masks, teacher, device, control)
-    if checkpoint is not None and checkpoint.exists():
+    if not loop.together.processes.alone:
+        loop.together.require_same(
+            {
+                "recipe": repr(spec),
+                "network": digest(student),
+                "mask": digest_of(small_masks),
+                "teacher": digest(loop.teacher),
+                "data set": splits.fingerprint(),
+                "control": "" if loop.control is None else repr(loop.control.state_dict()),
+            }
+        )
+    if checkpoint is not None:
         loop.restore(checkpoint)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),

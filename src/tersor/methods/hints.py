@@ -7,7 +7,7 @@ training and is thrown away afterwards.
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -148,14 +148,21 @@ class Regressors(nn.Module):
         super().__init__()
         self.maps = nn.ModuleList(_fitted(*pair) for pair in zip(places, ours, theirs, strict=True))
 
-    def distance(self, ours: Features, theirs: Features) -> torch.Tensor:
-        """Mean over places of |map(ours) - theirs|^2 / |theirs|^2, a float32 scalar."""
+    def distance(
+        self,
+        ours: Features,
+        theirs: Features,
+        whole: Callable[[torch.Tensor], torch.Tensor] = lambda squares: squares,
+    ) -> torch.Tensor:
+        """Mean over places of |map(ours) - theirs|^2 / |theirs|^2, a float32 scalar. `whole` makes of |theirs|^2 of
+        the images given (places,) that of the batch they stand for."""
+        sizes = whole(torch.stack([target.detach().float().square().sum() for target in theirs]))
         parts = []
-        for regressor, own, target in zip(self.maps, ours, theirs, strict=True):
+        for regressor, own, target, size in zip(self.maps, ours, theirs, sizes, strict=True):
             wanted = target.detach().float()
             guess = _channels_last(own.float())
             error = (regressor(guess) - _channels_last(wanted)).square().sum()
-            parts.append(error / wanted.square().sum().clamp_min(1e-12))
+            parts.append(error / size.clamp_min(1e-12))
         return torch.stack(parts).mean()
 
 

@@ -30,6 +30,8 @@ from tersor.tensors.unit_criteria import UNIT_CRITERIA
 FloatArray = npt.NDArray[np.float32]
 TRIED = (0.25, 0.5, 0.75)  # shares of a group removed in its trials
 WIDEST_MULTIPLE = 16  # channels that integer kernels take at a time
+# By group: numbers of units that were removed in trials, and the harm of each.
+Harms = Mapping[str, tuple[list[int], list[float]]]
 CountedCost = Callable[[Removed], int]
 
 
@@ -38,7 +40,8 @@ class ChannelFamily:
 
     `module` is asked on `images` (N, C, H, W) float32, unlabelled; `example` is a small input. `cost_of` makes of
     the coupling a function from removed units to a cost (whole numbers, less for more removed); by default the
-    multiplications of one run. Raises as `prune_structured.plan`; ModelError where nothing can be removed.
+    multiplications of one run. `harms` are those of an earlier family of the same network and images, which are not
+    measured again. Raises as `prune_structured.plan`; ModelError where nothing can be removed.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ChannelFamily:
         cost_of: Callable[[Coupling], CountedCost] | None = None,
         criterion: str = "fisher",
         tried: Sequence[float] = TRIED,
+        harms: Harms | None = None,
         on_progress: Callable[[float], None] | None = None,
         seed: int = 0,
     ) -> None:
@@ -76,8 +80,10 @@ class ChannelFamily:
             self.spec, groups, scores_of(module, groups, self.spec, statistics, seed)
         )
         self.trials = Trials(module, images)
-        self.harms: dict[str, tuple[list[int], list[float]]] = {}
+        self.harms: dict[str, tuple[list[int], list[float]]] = dict(harms or {})
         for number, group in enumerate(groups, 1):
+            if group.name in self.harms:
+                continue
             self.harms |= group_harms(
                 module, [group], self.found, self.ranked.lowest, self.trials, tried
             )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses as dc
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ from tersor.methods.quantize import Quantized, coverage_of
 from tersor.specs import Finetune, LayerPlan, Plan, Quantize
 from tersor.tensors.affine import choose_affine
 
-Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
 CALIBRATION_BATCH = 64
 
 
@@ -68,11 +67,17 @@ def quantize_aware(
         on_progress=on_progress,
     )
     learned = export_quantized(result.module, result.learned, splits.input_shape)
-    return dc.replace(_integer_graph(learned, splits, spec), module=result.module)
+    batches = splits.batches(splits.calibration, CALIBRATION_BATCH)
+    return dc.replace(integer_graph(learned, batches, spec), module=result.module)
 
 
-def _integer_graph(learned: LearnedGraph, splits: Splits, spec: Quantize) -> Quantized:
-    """The static graph of what was learned; values between the layers get calibrated ranges."""
+def integer_graph(
+    learned: LearnedGraph, batches: Iterable[FloatArray], spec: Quantize
+) -> Quantized:
+    """The static graph of codes that are chosen already; where no grid was learned, the layers' inputs and
+    what lies between them get ranges from spec.num_calibration of the inputs in `batches` (N, C, H, W) float32,
+    observed and coded as `spec` says. Raises as `observe_ranges`.
+    """
     graph = learned.graph
     layers = graph_layers(graph)
     chosen = [layer for layer in layers if layer.name in learned.layers]
@@ -80,7 +85,7 @@ def _integer_graph(learned: LearnedGraph, splits: Splits, spec: Quantize) -> Qua
     ranges, seen = observe_ranges(
         graph,
         activations.observed,
-        splits.batches(splits.calibration, CALIBRATION_BATCH),
+        batches,
         observer=spec.observer,
         num_images=spec.num_calibration,
         levels=2**spec.activation_bits,

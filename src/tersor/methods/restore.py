@@ -23,7 +23,7 @@ from tersor.graph.fold import fold_copies_, unfold_copies_
 from tersor.graph.layers import WEIGHT_LAYERS
 from tersor.graph.stripes import whole_kernels
 from tersor.graph.surgery import removed
-from tersor.methods.factorize import restructured
+from tersor.methods.factorize import restructured as factorized
 from tersor.methods.share import restructured as shared
 from tersor.specs import Plan, from_dict
 
@@ -50,7 +50,7 @@ def restore(
     graph = artifact.to_onnx()
     changed = copy.deepcopy(module)
     for plan in plans_of(artifact):
-        changed = _restructured(changed, plan)
+        changed = restructured(changed, plan)
     shape = [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim][1:]
     # half as large as normalised images: calibrated codes would cut more of it off
     noise = np.random.default_rng(0).normal(0, 0.5, (8, *shape)).astype(np.float32)
@@ -110,9 +110,11 @@ def plans_of(artifact: Artifact) -> list[Plan]:
     return [] if last is None else [*last.earlier, last]
 
 
-def _restructured(module: nn.Module, plan: Plan) -> nn.Module:
+def restructured(module: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `module` of the shape that `plan` made of it, its new weights without a meaning; or `module`, where
+    the plan made it no other."""
     if plan.request.kind in ("factorize", "share"):
-        return (restructured if plan.request.kind == "factorize" else shared)(module, plan)
+        return (factorized if plan.request.kind == "factorize" else shared)(module, plan)
     changes = any(line.action in ("remove", "bypass") for line in plan.layers)
     return removed(module, plan.layers) if changes else module
 

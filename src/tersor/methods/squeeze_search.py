@@ -107,6 +107,8 @@ def code_to_size(coder: Coder, code_bytes: int, *, near: Priced | None = None) -
     Trials with few images find the price, unless one is known from a network `near`; the run that counts
     corrects it from layer to layer by what is spent. Raises BudgetError where no price does it.
     """
+    if code_bytes < 1:
+        raise BudgetError(f"no bytes are left for codes ({code_bytes:,}); ask for a larger file")
     if near is None:
         price = coder.first_price(8 * code_bytes / sum(coder.sizes.values()))
         price, planned = _tried(coder, code_bytes, price)

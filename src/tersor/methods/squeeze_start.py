@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any
 
@@ -16,8 +17,8 @@ from tersor.methods.squeeze_search import Priced
 from tersor.specs import Squeeze
 
 
-def write_start(path: pathlib.Path, spec: Squeeze, start: Priced) -> None:
-    """Write `start`, found for `spec`; the file is there when it is whole. Raises RunError."""
+def started_bytes(spec: Squeeze, start: Priced) -> bytes:
+    """`start`, found for `spec`, as the bytes of a file."""
     layers = {}
     for name, learned in start.coded.learned.items():
         told = start.coded.layers[name]
@@ -35,21 +36,18 @@ def write_start(path: pathlib.Path, spec: Squeeze, start: Priced) -> None:
         "kept": start.coded.kept,
         "state": start.coded.module.state_dict(),
     }
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        torch.save(content, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{path} cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    held = io.BytesIO()
+    torch.save(content, held)
+    return held.getvalue()
 
 
-def read_start(path: pathlib.Path, spec: Squeeze, module: nn.Module) -> Priced:
-    """What `write_start` wrote, put into `module`, a copy of the original. Raises RunError for a file that is
-    none, or of another request or network."""
+def started_from(
+    content: bytes, spec: Squeeze, module: nn.Module, *, path: pathlib.Path | None
+) -> Priced:
+    """What `started_bytes` told, put into `module`, a copy of the original. Raises RunError naming `path` for what
+    is none, or of another request or network."""
     try:
-        held: Any = torch.load(path, weights_only=True)
+        held: Any = torch.load(io.BytesIO(content), weights_only=True)
         if held["spec"] != repr(spec):
             raise RunError(
                 f"{path} belongs to another request: {held['spec']}; remove it to start anew"

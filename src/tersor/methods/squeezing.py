@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from tersor.artifact import pack, save
+from tersor.artifact.storage import write_whole
 from tersor.data.arrays import Splits
 from tersor.errors import BudgetError, SpecError
 from tersor.graph.export import export_onnx
 from tersor.graph.fold import fold_copies_
 from tersor.graph.layers import graph_layers
+from tersor.methods.checkpoint import found_bytes
 from tersor.methods.finetune import Progress, Trained, training_accuracy
 from tersor.methods.learned import LayerBits, LearnedLayer
 from tersor.methods.paired_moments import weight_of
@@ -30,9 +32,10 @@ from tersor.methods.qat import trainable_layers
 from tersor.methods.small_graph import small_graph
 from tersor.methods.squeeze import Calibration, CodedLayer, CodedNetwork
 from tersor.methods.squeeze_search import Coder, Priced, Told, code_to_drop, code_to_size
-from tersor.methods.squeeze_start import read_start, write_start
+from tersor.methods.squeeze_start import started_bytes, started_from
 from tersor.methods.squeeze_training import finished, train_coded
 from tersor.methods.steps import augmented
+from tersor.runs import processes
 from tersor.specs import LayerPlan, Plan, Squeeze
 
 FloatArray = npt.NDArray[np.float32]
@@ -157,14 +160,18 @@ class _Work:
         )
 
     def started(self, code_bytes: int, checkpoint: pathlib.Path | None) -> Priced:
-        """Where the training starts: coded anew, or as a killed run coded it."""
+        """Where the training starts: coded anew, or as a killed run coded it; by the leader of several processes,
+        and the others have it from there."""
         place = None if checkpoint is None else checkpoint.with_suffix(".start")
-        if place is not None and place.exists():
-            return read_start(place, self.spec, copy.deepcopy(self.original))
-        start = code_to_size(self.coder, int(self.spec.start * code_bytes))
-        if place is not None:
-            write_start(place, self.spec, start)
-        return start
+        among = processes()
+        content = None if place is None or not among.leads else found_bytes(place)
+        if content is None and among.leads:
+            start = code_to_size(self.coder, int(self.spec.start * code_bytes))
+            content = started_bytes(self.spec, start)
+            if place is not None:
+                write_whole(place, [content], len(content))
+        content = among.agreed(content)
+        return started_from(content, self.spec, copy.deepcopy(self.original), path=place)
 
     def after(self, trained: Trained, code_bytes: int, price: float) -> Priced:
         """What a training came to."""

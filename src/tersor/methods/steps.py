@@ -53,19 +53,27 @@ def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def augmented(pixels: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
+def augmented(
+    pixels: torch.Tensor,
+    augment: str,
+    generator: torch.Generator,
+    part: slice | None = None,
+    batch_size: int | None = None,
+) -> torch.Tensor:
     """Random shifts by up to an eighth of the width (edges padded with the mean: zero) and, for flip_crop,
-    mirrored halves. `pixels` (N, C, H, W) float32, normalised."""
+    mirrored halves. `pixels` (N, C, H, W) float32, normalised; they may be the `part` of a batch of `batch_size`
+    images, and are shifted as they would be in the whole batch."""
     if augment == "none":
         return pixels
     count, _, height, width = pixels.shape
+    part, drawn = part or slice(None), batch_size or count
     pad = max(1, width // 8)
     padded = functional.pad(pixels, (pad, pad, pad, pad))
-    down = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    right = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+    down = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
+    right = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
     columns = right + torch.arange(width)
     if augment == "flip_crop":
-        flip = torch.rand(count, 1, generator=generator) < 0.5
+        flip = torch.rand(drawn, 1, generator=generator)[part] < 0.5
         columns = torch.where(flip, columns.flip(1), columns)
     rows = down + torch.arange(height)
     number = torch.arange(count)[:, None, None]

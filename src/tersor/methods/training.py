@@ -8,21 +8,22 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.data.arrays import Splits
-from tersor.errors import ModelError, RunError
+from tersor.errors import LostProcessError, ModelError, RunError
 from tersor.graph.fold import fold_copies_
 from tersor.methods.batches import Batches
-from tersor.methods.checkpoint import ANEW, read_checkpoint, write_checkpoint
+from tersor.methods.checkpoint import ANEW, found_bytes, read_checkpoint, write_checkpoint
 from tersor.methods.compiling import Forward
 from tersor.methods.device import on_device, usable_precision
 from tersor.methods.gradients import LargestGradients, add_subgradient_, slimmed_gammas
 from tersor.methods.hints import Place, Regressors, Tapped, hint_places
 from tersor.methods.losses import training_loss
+from tersor.methods.progress import Control, Progress
 from tersor.methods.skeletons import Skeletons
 from tersor.methods.steps import learning_rate, moving_average
 from tersor.specs import Finetune
@@ -31,22 +32,6 @@ Masks = Mapping[str, torch.Tensor]
 KEEP_EVERY = 50  # steps between copies of the state that a loss of NaN goes back to
 MOST_FALLS = 3
 RATE_AFTER_FALL = 0.25
-
-
-@dc.dataclass(frozen=True)
-class Progress:
-    """Where a training stands; handed to the caller about once a second."""
-
-    step: int
-    num_steps: int
-    epoch: float
-    loss: float
-    images_per_s: float
-    left_s: float
-
-    def __str__(self) -> str:
-        rate = f"{self.images_per_s:.0f} images/s, {self.left_s:.0f} s left"
-        return f"epoch {self.epoch:.1f}, loss {self.loss:.3f}, {rate}"
 
 
 @dc.dataclass
@@ -59,22 +44,6 @@ class _State:
     falls: int = 0
     notes: list[str] = dc.field(default_factory=list)
     history: list[dict[str, float]] = dc.field(default_factory=list)
-
-
-class Control(Protocol):
-    """Something that watches a network while it is trained, and whose state belongs to the training's."""
-
-    def begin(self, step: int, num_steps: int) -> None:
-        """Be told that `step` (from 0) of `num_steps` begins."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of a module."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> object:
-        """As of a module."""
-        ...
 
 
 class Loop:
@@ -94,7 +63,10 @@ class Loop:
         self.control = None if control is None else control(student)
         self.batches = Batches(splits, spec, device)
         self.num_steps = max(1, round(spec.epochs * self.batches.steps_per_epoch))
-        self.precision = usable_precision(spec.precision, device)
+        self.together = self.batches.together
+        usable = usable_precision(spec.precision, device)
+        asked = self.together.all_can(usable == spec.precision)
+        self.precision = spec.precision if asked else "float32"
         self.averaged = _average(student, spec)
         # Hooks come after the copy for the average: what is handed back has none.
         ours: list[Place] = []
@@ -102,7 +74,11 @@ class Loop:
         self.regressors: Regressors | None = None
         if teacher is not None and spec.needs_teacher:
             ours = self._set_teacher(teacher, torch.zeros(2, *splits.input_shape))
-        self.forward = Forward(Tapped(student, ours), spec.compile, type(student).__name__)
+        alone = self.together.processes.alone
+        compiling = spec.compile if alone else "off"
+        self.forward = Forward(Tapped(student, ours), compiling, type(student).__name__)
+        if not alone and spec.compile == "on":
+            self.forward.notes.append("of several processes each ran eagerly, not compiled")
         self.skeletons = Skeletons(student, spec.stripes) if spec.stripes else None
         self.averaged_skeletons = None
         if self.skeletons is not None:
@@ -116,6 +92,8 @@ class Loop:
             self.largest = LargestGradients(decayed, spec.gradient_topk, spec.momentum)
         self.optimizer = self._optimizer(decayed, [p for p in trained.values() if p.ndim <= 1])
         self.state = _State()
+        self.stop = False
+        self._interrupted: Callable[[], bool] = lambda: False
         self._kept: dict[str, Any] | None = None
 
     def _set_teacher(self, teacher: nn.Module, example: torch.Tensor) -> list[Place]:
@@ -127,7 +105,7 @@ class Loop:
             self.teacher = Tapped(teacher, [])
             return []
         network = copy.deepcopy(self.student).eval()  # its hooks go with it
-        example = self.batches.at(0)[0]
+        example = self.batches.at(0, whole=True)[0]
         ours, theirs = hint_places(network, teacher, self.spec.hint_layers, example)
         self.teacher = Tapped(teacher, theirs)
         with torch.no_grad():
@@ -175,6 +153,7 @@ class Loop:
 
         Once `interrupted` says so the step is finished, the checkpoint written and KeyboardInterrupt raised.
         """
+        self._interrupted, leads = interrupted, self.together.processes.leads
         saved = shown = started = time.perf_counter()
         losses: list[float] = []
         before, done, per_epoch = self.state.seconds, 0, self.batches.steps_per_epoch
@@ -194,15 +173,16 @@ class Loop:
                 rate = done * self.batches.size / (now - started)
                 left = (self.num_steps - step) * self.batches.size / rate
                 epoch = step / per_epoch
-                if on_progress:
+                if on_progress and leads:
                     on_progress(Progress(step, self.num_steps, epoch, losses[-1], rate, left))
                 if ends:
                     mean = sum(losses) / len(losses)
                     self.state.history.append({"epoch": epoch, "loss": mean, "images_per_s": rate})
                     losses = []
-            stop = interrupted()
+            # All processes stop after the same step: the one they were told of it in.
+            stop = interrupted() if self.together.processes.alone else self.stop
             due = stop or step == self.num_steps or now - saved > checkpoint_seconds
-            if checkpoint is not None and due:
+            if checkpoint is not None and leads and due:
                 if self._sound(loss):
                     self.save(checkpoint)
                 saved = time.perf_counter()
@@ -219,7 +199,12 @@ class Loop:
         step = self.state.step
         due = self._kept is None or step % KEEP_EVERY == 0
         candidate = copy.deepcopy(self.parts()) if due else None
-        loss = self.step(step)
+        try:
+            loss = self.step(step)
+        except LostProcessError as error:
+            raise LostProcessError(
+                f"step {step + 1} of {self.num_steps}: {error} from the last checkpoint, which is good"
+            ) from None
         # Elsewhere than on the CPU, reading the loss waits for it.
         read = due or self.device.type == "cpu" or step % 10 == 9 or step + 1 == self.num_steps
         if read and not math.isfinite(loss):
@@ -262,7 +247,7 @@ class Loop:
         inputs, labels = self.batches.at(step)
         # Dropout, as all else, depends on the seed and the step alone.
         torch.manual_seed(self.spec.seed * 15_485_863 + step)
-        with self._autocast():
+        with self._autocast(), self.together.whole_batch():
             outputs, ours = self.forward(inputs)
         target, theirs = None, []
         if self.teacher is not None:
@@ -272,10 +257,15 @@ class Loop:
         read = labels if self.spec.needs_labels else None
         loss = training_loss(self.spec, outputs.float(), read, target)
         if self.regressors is not None:
-            hints = self.regressors.distance(ours, theirs)
+            hints = self.regressors.distance(ours, theirs, self._of_whole)
             loss = (1 - self.spec.hints) * loss + self.spec.hints * hints
         self.optimizer.zero_grad(set_to_none=True)
+        if not self.together.processes.alone:
+            loss = (
+                loss * self.together.share
+            )  # a mean over this part: the sum of all is that of the batch
         loss.backward()  # type: ignore[no-untyped-call]
+        loss, self.stop = self.together.exchange_(self._moved(), loss, self._interrupted())
         self._change_gradients()
         self.optimizer.step()
         with torch.no_grad():
@@ -286,6 +276,15 @@ class Loop:
             self.averaged_skeletons.update_parameters(self.skeletons.skeletons)
         self.averaged.update_parameters(self.student)
         return loss.detach()
+
+    def _moved(self) -> list[nn.Parameter]:
+        """The parameters that backward gives gradients."""
+        maps = [] if self.regressors is None else list(self.regressors.parameters())
+        return [*self.student.parameters(), *maps]
+
+    def _of_whole(self, squares: torch.Tensor) -> torch.Tensor:
+        """Sums over this process's images to those of the batch, by this process's share."""
+        return self.together.processes.sum_(squares) * self.together.share
 
     def _change_gradients(self) -> None:
         if self.skeletons is not None:
@@ -363,8 +362,15 @@ class Loop:
         write_checkpoint(path, self.spec, self.parts())
 
     def restore(self, path: pathlib.Path) -> None:
-        """Go on from a checkpoint; one of another recipe, network or pruning is refused."""
-        read_checkpoint(path, self.spec, self.device, self._restoring())
+        """Go on from a checkpoint, where there is one; one of another recipe, network or pruning is refused.
+
+        Of several processes the leader reads it, and the others have it from there.
+        """
+        among = self.together.processes
+        content = among.agreed(found_bytes(path) if among.leads else None)
+        if content is None:
+            return
+        read_checkpoint(path, self.spec, self.device, self._restoring(), content)
         if any(bool(parameter[~mask].any()) for parameter, mask in self.masked):
             raise RunError(
                 f"checkpoint {path} belongs to another pruning: weights that the masks remove are not "

@@ -16,8 +16,9 @@ from torch import nn
 from tersor.bench.environment import environment
 from tersor.graph.layers import graph_layers
 from tersor.graph.qdq import as_matrix
-from tersor.ondemand.effort import EFFORTS, Watch
-from tersor.ondemand.original import Original, measured_original
+from tersor.ondemand.effort import EFFORTS, Clock, Watch
+from tersor.ondemand.kept import Kept
+from tersor.ondemand.original import Original, given, measured_original
 from tersor.ondemand.predict import Predictor
 from tersor.ondemand.search import Facts, facts
 from tersor.specs import Budget
@@ -72,20 +73,15 @@ def advise(
     watch: Watch = on_progress or (lambda text, share: None)
     effort = EFFORTS["quick"]
     asked = Budget(drop=0.5, batch=batch, threads=threads)
-    original = measured_original(
-        model,
-        data,
-        asked,
-        effort,
-        weights=weights,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        use_labels=use_labels,
-        seed=seed,
-        watch=watch,
+    loaded = given(
+        model, data, weights=weights, num_classes=num_classes, input_shape=input_shape, seed=seed
     )
     with tempfile.TemporaryDirectory() as place:
-        known = facts(original, effort, pathlib.Path(place), seed=seed, watch=watch)
+        kept = Kept(pathlib.Path(place), Clock(effort.minutes))
+        original = measured_original(
+            loaded, asked, effort, kept, use_labels=use_labels, seed=seed, watch=watch
+        )
+        known = facts(original, effort, kept, seed=seed, watch=watch)
     predictor = Predictor(original, known.family, known.bits, known.first)
     told = _facts(original, known, predictor)
     advice = (

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
-from collections.abc import Mapping
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +20,16 @@ from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
+from tersor.methods.checkpoint import read_state_, state_bytes, write_state
 from tersor.methods.finetune import finetune
-from tersor.methods.prune_auto import Units
-from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.reestimate import reestimate_batch_norm
-from tersor.ondemand.effort import Effort, Watch
+from tersor.methods.restore import restructured
+from tersor.ondemand.effort import Clock, Watch
+from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original
 from tersor.pipeline import CALIBRATION_BATCH, deployment_graph
+from tersor.runs.directory import CHECKPOINT
+from tersor.runs.executors import Executor
 from tersor.specs import Finetune, Plan, Quantize
 
 FloatArray = npt.NDArray[np.float32]
@@ -39,6 +46,7 @@ TRAINING = Finetune(
     ema_decay=0.995,
     compile="off",
 )
+NETWORK, STATE = "network", "state.pt"
 SPEED_STEPS = 6  # of training, to learn how many a second there are
 
 
@@ -57,29 +65,103 @@ class Network:
     epochs: float = 0.0
 
 
-def network(
-    original: Original,
-    family: ChannelFamily | None,
-    share: float,
-    units: Units,
-    effort: Effort,
-    *,
-    train_seconds: float = 0.0,
-    seed: int = 0,
-    watch: Watch,
+@dc.dataclass(frozen=True, eq=False)
+class Wanted:
+    """A network to be made: the share of its channels' cost that stays, the plan of what goes (None: nothing), and for
+    how long it may learn."""
+
+    share: float
+    plan: Plan | None
+    train_seconds: float = 0.0
+    seed: int = 0
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What it is known by: not the time, which is another one when it is asked again."""
+        return {"share": self.share, "plan": None if self.plan is None else self.plan.to_dict()}
+
+
+def network(original: Original, wanted: Wanted, kept: Kept, watch: Watch) -> Network:
+    """The network without what the plan removes, what is left fitted to the original's outputs, batch norms
+    re-estimated, and where there is time for it trained to answer as the original does; no labels. A training goes on
+    from its checkpoint."""
+    made: list[Network] = []
+
+    def make(place: pathlib.Path) -> dict[str, float]:
+        made.append(_network(original, wanted, place / CHECKPOINT, kept, watch))
+        write_state(place / STATE, state_bytes(made[0].module))
+        (place / CHECKPOINT).unlink(missing_ok=True)
+        return _told(made[0])
+
+    told, place = kept.piece(NETWORK, wanted.request, make)
+    if made:
+        return made[0]
+    module = copy.deepcopy(original.module)
+    if wanted.plan is not None:
+        module = restructured(module, wanted.plan)
+    read_state_(place / STATE, module)
+    graph = original.graph
+    if wanted.plan is not None:
+        graph = deployment_graph(module, original.input_shape)
+    return Network(wanted.share, module.eval(), graph, wanted.plan, told["harm_kl"], told["epochs"])
+
+
+def networks_elsewhere(
+    original: Original, wanted: Sequence[Wanted], kept: Kept, workers: Executor, watch: Watch
+) -> tuple[dict[float, float], list[str]]:
+    """Make those that are not kept already where `workers` are, all at once, for `network` to find: the harm of each
+    by its share, and in words what became of the others."""
+    missing = {f"network {w.share:g}": w for w in wanted if not kept.held(NETWORK, w.request)}
+    problems = []
+    for outcome in workers.run(_elsewhere, original, missing, watch=watch, check=kept.check):
+        if outcome.error is not None:
+            problems.append(f"{outcome.name} was not made: {outcome.error}")
+            continue
+        told, state = outcome.value
+
+        def keep(place: pathlib.Path, told: Any = told, state: bytes = state) -> Any:
+            write_state(place / STATE, state)
+            return told
+
+        kept.piece(NETWORK, missing[outcome.name].request, keep)
+    harms = {}
+    for each in wanted:
+        if kept.held(NETWORK, each.request):
+            harms[each.share] = kept.piece(NETWORK, each.request, _told_before)[0]["harm_kl"]
+    return harms, problems
+
+
+def _elsewhere(original: Original, wanted: Wanted, watch: Watch) -> tuple[dict[str, float], bytes]:
+    """A worker's part: what is told of the network, and its state."""
+    with tempfile.TemporaryDirectory() as name:
+        place = pathlib.Path(name)
+        kept = Kept(place, Clock(1.0))
+        made = _network(original, wanted, place / CHECKPOINT, kept, watch)
+    return _told(made), state_bytes(made.module)
+
+
+def _told(made: Network) -> dict[str, float]:
+    return {"harm_kl": made.harm_kl, "epochs": made.epochs}
+
+
+def _told_before(_: pathlib.Path) -> Any:
+    raise AssertionError("a piece that is kept is not made")
+
+
+def _network(
+    original: Original, wanted: Wanted, checkpoint: pathlib.Path, kept: Kept, watch: Watch
 ) -> Network:
-    """The network with `units` gone, what is left fitted to the original's outputs, batch norms re-estimated, and
-    with `train_seconds` trained to answer as the original does; no labels."""
-    module, plan, epochs = original.module, None, 0.0
-    inputs = _batches(original.inputs)
-    if family is not None and any(len(held) for held in units.values()):
+    share, plan, seed = wanted.share, wanted.plan, wanted.seed
+    module, epochs = original.module, 0.0
+    inputs = batches_of(original.inputs)
+    if plan is not None:
         watch(f"{share:.0%} of the channels' time: removing, fitting", 0.0)
-        plan = family.plan(units)
         module = structured.apply(original.module, plan, inputs=inputs, seed=seed)
-        module = reestimate_batch_norm(module, inputs)
-        if effort.trains and train_seconds > 0:
-            module, epochs = _trained(original, module, train_seconds, seed, watch)
-            module = reestimate_batch_norm(module, inputs)
+        module = reestimate_batch_norm(module, inputs, original=original.module)
+        if wanted.train_seconds > 0:
+            training = _Training(original, wanted.train_seconds, seed, watch, kept)
+            module, epochs = training.trained(module, share, checkpoint)
+            module = reestimate_batch_norm(module, inputs, original=original.module)
     graph = original.graph
     harm = 0.0
     if plan is not None:
@@ -90,31 +172,48 @@ def network(
     return Network(share, module, graph, plan, harm, epochs)
 
 
-def _trained(
-    original: Original, module: nn.Module, seconds: float, seed: int, watch: Watch
-) -> tuple[nn.Module, float]:
-    """Distilled for about `seconds`; the epochs that these were. The shortest training is timed first."""
-    count = len(original.splits.train)
-    batch = min(TRAINING.batch_size, max(2, count // 4))
-    per_epoch = max(1, count // batch)
-    short = dc.replace(TRAINING, epochs=SPEED_STEPS / per_epoch, batch_size=batch, seed=seed)
-    timed = finetune(module, original.splits, short, teacher=original.module)
-    each = max(timed.seconds / SPEED_STEPS, 1e-4)
-    epochs = seconds / each / per_epoch
-    if epochs * per_epoch < SPEED_STEPS:
-        return module, 0.0
-    rate = TRAINING.learning_rate * min(
-        1.0, epochs * per_epoch / 200
-    )  # short trainings step lightly
-    spec = dc.replace(short, epochs=epochs, learning_rate=max(rate, 1e-3))
-    found = finetune(
-        module,
-        original.splits,
-        spec,
-        teacher=original.module,
-        on_progress=lambda p: watch(f"learning from the original: {p}", p.step / p.num_steps),
-    )
-    return found.module, epochs
+@dc.dataclass(frozen=True, eq=False)
+class _Training:
+    """To answer as the original does, for about `seconds`."""
+
+    original: Original
+    seconds: float
+    seed: int
+    watch: Watch
+    kept: Kept
+
+    def trained(
+        self, module: nn.Module, share: float, checkpoint: pathlib.Path
+    ) -> tuple[nn.Module, float]:
+        """The network trained, and the epochs that these were."""
+        splits = self.original.splits
+        batch = min(TRAINING.batch_size, max(2, len(splits.train) // 4))
+        per_epoch = max(1, len(splits.train) // batch)
+        short = dc.replace(
+            TRAINING, epochs=SPEED_STEPS / per_epoch, batch_size=batch, seed=self.seed
+        )
+
+        def timed(_: pathlib.Path) -> float:
+            """Epochs that there is time for. The shortest training is timed first."""
+            found = finetune(module, splits, short, teacher=self.original.module)
+            return self.seconds / max(found.seconds / SPEED_STEPS, 1e-4) / per_epoch
+
+        epochs, _ = self.kept.piece("epochs", {"share": share}, timed)
+        if epochs * per_epoch < SPEED_STEPS:
+            return module, 0.0
+        # Short trainings step lightly.
+        rate = TRAINING.learning_rate * min(1.0, epochs * per_epoch / 200)
+        trained = finetune(
+            module,
+            splits,
+            dc.replace(short, epochs=epochs, learning_rate=max(rate, 1e-3)),
+            teacher=self.original.module,
+            checkpoint=checkpoint,
+            on_progress=lambda p: self.watch(
+                f"learning from the original: {p}", p.step / p.num_steps
+            ),
+        )
+        return trained.module, epochs
 
 
 def rounded(
@@ -126,21 +225,31 @@ def rounded(
     mode: str = "static",
 ) -> tuple[onnx.ModelProto, Plan]:
     """The quantized graph of `made` with `bits` for its layers' weights (8 where none are given), and all plans."""
-    few = min(bits.values(), default=8) <= LEARNED_BITS
-    spec = Quantize(
+    spec = request_of(original, mode, few_bits(bits))
+    watch(f"rounding, {spec.rounding}", 0.0)
+    plan = quantization.plan(made.graph, spec, bits)
+    found = quantization.apply(made.graph, plan, batches_of(original.inputs))
+    return found.graph, found.plan.after(() if made.plan is None else (made.plan,))
+
+
+def few_bits(bits: Mapping[str, int]) -> bool:
+    """Whether rounding has to look at the layers' outputs."""
+    return min(bits.values(), default=8) <= LEARNED_BITS
+
+
+def request_of(original: Original, mode: str, few: bool) -> Quantize:
+    """What is asked of the rounding."""
+    return Quantize(
         mode=mode,
         bits=8,
         edge_bits=0,
         rounding="gptq" if few else "nearest",
         num_calibration=len(original.inputs),
     )
-    watch(f"rounding, {spec.rounding}", 0.0)
-    plan = quantization.plan(made.graph, spec, bits)
-    found = quantization.apply(made.graph, plan, _batches(original.inputs))
-    return found.graph, found.plan.after(() if made.plan is None else (made.plan,))
 
 
-def _batches(images: FloatArray) -> list[FloatArray]:
+def batches_of(images: FloatArray) -> list[FloatArray]:
+    """`images` (N, C, H, W) in batches for calibration."""
     starts = range(0, len(images), CALIBRATION_BATCH)
     return [images[start : start + CALIBRATION_BATCH] for start in starts]
 

@@ -19,9 +19,11 @@ from tersor.bench.timing import time_apart
 from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.graph.layers import num_weights
+from tersor.methods.restore import plan_of
 from tersor.ondemand.original import EAGER, Original
 from tersor.specs import Plan
 
+COSTS = ("size_bytes", "latency_ms", "macs", "energy_mj")
 COMPARED = 64  # inputs on which engines must agree with the simulation
 MODEL = "compressed"
 
@@ -56,6 +58,24 @@ class Measured:
             "drop": self.drop.to_dict(),
             "seconds": round(self.seconds, 1),
         }
+
+
+def measured_before(row: Mapping[str, Any], place: pathlib.Path) -> Measured:
+    """What `Measured.row` told, of the file in the directory `place`."""
+    path = place / row["file"]
+    plan = plan_of(load(path))
+    assert plan is not None, "every candidate was planned"
+    return Measured(
+        path,
+        row["choice"],
+        {axis: row[axis] for axis in COSTS},
+        Drop.from_dict(row["drop"]),
+        row["engine"],
+        row["speedup"],
+        plan,
+        row["engines_ms"],
+        row["seconds"],
+    )
 
 
 def measured(

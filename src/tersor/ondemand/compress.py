@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses as dc
-import json
 import math
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,82 +15,31 @@ from tersor.artifact import load, pack, save
 from tersor.artifact.storage import write_whole
 from tersor.bench.drop import measured_drop
 from tersor.bench.environment import environment
+from tersor.engines.load import available_cpus
 from tersor.errors import BudgetError, RunError, SpecError
+from tersor.methods.together import digest
+from tersor.ondemand.answer import (
+    MODEL,
+    NEAREST,
+    PLAN,
+    RESULT,
+    Answer,
+    answered,
+    refusal,
+    write_json,
+)
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
-from tersor.ondemand.original import Original, measured_original
-from tersor.ondemand.page import PAGE, tell, write_page
+from tersor.ondemand.kept import Kept
+from tersor.ondemand.original import Given, Original, given, measured_original
+from tersor.ondemand.page import tell, write_page
 from tersor.ondemand.search import Facts, Found, Search, facts
-from tersor.specs import Budget, Plan
-from tersor.study.journal import Journal
+from tersor.runs import Run, processes
+from tersor.runs.executors import EXECUTORS, open_executor
+from tersor.runs.remaining import duration
+from tersor.specs import Budget
 
-MODEL, NEAREST, ROWS, RESULT, PLAN = (
-    "model.tersor",
-    "nearest.tersor",
-    "rows.jsonl",
-    "result.json",
-    "plan.json",
-)
-
-
-@dc.dataclass(frozen=True, eq=False)
-class Answer:
-    """What came of a budget.
-
-    Attributes:
-        path: the model's file; None of a dry run
-        size_bytes, latency_ms, macs, energy_mj: what it costs; latency on `engine`
-        original: the same of the original (its weights in float32, PyTorch's eager float32)
-        speedup: over the original, in the same run
-        drop: what of the accuracy is lost, and how that is known
-        limits: the budget in these units
-        front: what could be had instead: JSON objects, each "measured" or predicted
-        plan: what was done layer by layer
-        notes: what a reader must know
-    """
-
-    path: pathlib.Path | None
-    size_bytes: float
-    latency_ms: float
-    macs: float
-    energy_mj: float
-    original: Mapping[str, float]
-    engine: str
-    speedup: float
-    drop: Any
-    limits: Mapping[str, float]
-    front: tuple[dict[str, Any], ...]
-    plan: Plan
-    notes: tuple[str, ...]
-    choice: Mapping[str, Any]
-    data: str
-    seconds: float
-    input_shape: tuple[int, int, int]
-
-    @property
-    def smaller(self) -> float:
-        """How many times smaller than the original's weights in float32."""
-        return self.original["size_bytes"] / self.size_bytes
-
-    @property
-    def report(self) -> pathlib.Path | None:
-        """The page that tells of it; None of a dry run."""
-        return None if self.path is None else self.path.with_name(PAGE)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, without the plan."""
-        told = {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name != "plan"}
-        return {
-            **told,
-            "path": None if self.path is None else str(self.path),
-            "drop": self.drop if isinstance(self.drop, dict) else self.drop.to_dict(),
-            "original": dict(self.original),
-            "limits": dict(self.limits),
-            "front": list(self.front),
-            "notes": list(self.notes),
-            "choice": dict(self.choice),
-            "smaller": self.smaller,
-        }
+DONE = "done"  # the kind of the last row
 
 
 def compress(
@@ -111,7 +57,9 @@ def compress(
     dry_run: bool = False,
     examples: bool = True,
     seed: int = 0,
+    executor: str = "local",
     on_progress: Watch | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> Answer:
     """Find the best form of `model` within `budget`, and write it to the directory `out`.
 
@@ -123,70 +71,116 @@ def compress(
     standard (15 minutes, learns from the original), max; `minutes` sets another time. Times are those of this
     machine, on the engine that was the fastest of the right ones.
 
-    `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html,
-    a page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out.
-    With `dry_run` nothing but what must be measured is built, and the answer holds the prediction. Raises
-    BudgetError where no model that was found fits: it names the best, which is written as nearest.tersor, the bound
-    and the layer that binds; SpecError, DataError, ModelError for what cannot be used, RunError where `out` holds
-    an answer or cannot be written.
+    `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html, a
+    page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out. With
+    `dry_run` nothing but what must be measured is built, and the answer holds the prediction. Raises BudgetError
+    where no model that was found fits: it names the best, which is written as nearest.tersor, the bound and the
+    layer that binds; SpecError, DataError, ModelError for what cannot be used, RunError where `out` belongs to
+    another request or process, or cannot be written.
+
+    `executor` names where networks that lost channels are made and trained, several at once: local (here, one after
+    the other) or ray. All times are measured here.
+
+    Killed at any moment, the same call goes on from what was measured and made (`runs.Run`); once there is an answer
+    it gives that again. The first Ctrl-C (`on_interrupt` is called) finishes what is measured.
     """
+    EXECUTORS[executor]
+    if not processes().alone:
+        raise RunError("compress measures times and runs as one process: start it without torchrun")
     asked = budget if budget is not None else Budget(drop=0.5)
     chosen = effort_of(effort, minutes)
-    watch: Watch = on_progress or (lambda text, share: None)
     clock = Clock(chosen.minutes)
-    with _directory(out) as (directory, work, journal):
-        original = measured_original(
+    watch = _with_time_left(on_progress or (lambda text, share: None), clock)
+    directory = pathlib.Path(out)
+    if directory.suffix == ".tersor":
+        raise SpecError(f"out {out}: a directory is expected; the model lies in it as {MODEL}")
+    with Run(directory, tell=on_interrupt) as run:
+        loaded = given(
             model,
             data,
-            asked,
-            chosen,
             weights=weights,
             num_classes=num_classes,
             input_shape=input_shape,
-            use_labels=use_labels,
             seed=seed,
-            watch=watch,
         )
-        journal.append(_first_row(original, asked, chosen, seed))
+        run.begin(**_settings(model, loaded, asked, chosen, use_labels=use_labels, seed=seed))
+        if run.journal.find(kind=DONE):
+            run.forget()
+            return answered(directory)
+        kept = Kept(directory, clock, run)
+        workers = open_executor(executor, threads=asked.threads or available_cpus())
+        original = measured_original(
+            loaded, asked, chosen, kept, use_labels=use_labels, seed=seed, watch=watch
+        )
+        _record(run, _first_row(original, asked, chosen, seed))
         limits = asked.limits(original.costs)
         original = _able_to_judge(original, limits)
-        known = facts(original, chosen, work, seed=seed, watch=watch)
+        known = facts(original, chosen, kept, seed=seed, watch=watch)
         bound = asked.bound("latency")
         search = Search(
             original,
             known,
             limits,
             chosen,
-            work,
-            clock,
+            kept,
             relative_latency=bound is not None and bound.relative,
             seed=seed,
-            record=journal.append,
+            workers=workers,
+            record=lambda row: _record(run, row),
             watch=watch,
         )
         if dry_run:
             answer = _predicted(original, known, search, limits, clock)
-            _write_json(directory / PLAN, {"predicted": True, **answer.to_dict()})
+            write_json(directory / PLAN, {"predicted": True, **answer.to_dict()})
             return answer
         found = search.run()
         watch("writing the answer", 0.0)
         answer = _written(original, found, directory, clock)
-        journal.append({"step": "answer", "met": found.met, **answer.to_dict()})
-        # The answer is safe: what follows only tells of it.
+        _record(run, {"step": "answer", "met": found.met, **answer.to_dict()})
         name = model if isinstance(model, str) else type(model).__name__
-        given = (
-            original,
-            known,
-            found.answer,
-            directory / (MODEL if found.met else NEAREST),
-            chosen,
-        )
+        assert answer.path is not None, "only a dry run writes no file"
+        told = (original, known, found.answer, answer.path, chosen)
         watch("the report", 0.0)
-        pictures = tell(directory, *given, model=name, seed=seed, examples=examples)
-        write_page(directory, journal.rows(), pictures=pictures)
+        pictures = tell(directory, *told, model=name, seed=seed, examples=examples)
+        write_page(directory, run.journal.rows(), pictures=pictures)
+        run.journal.append({"kind": DONE})
+        run.forget()
         if not found.met:
-            raise BudgetError(_refusal(found, answer))
+            raise BudgetError(refusal(found, answer))
     return answer
+
+
+def _with_time_left(watch: Watch, clock: Clock) -> Watch:
+    def told(text: str, share: float) -> None:
+        left = f"at most {duration(clock.left)} left" if clock.left > 0 else "its time is up"
+        watch(f"{text}: {left}", share)
+
+    return told
+
+
+def _settings(
+    model: nn.Module | str, loaded: Given, asked: Budget, effort: Effort, **options: Any
+) -> dict[str, Any]:
+    """What a directory belongs to: another network, budget or machine would not go on from what was measured."""
+    splits = loaded.splits
+    return {
+        "command": "compress",
+        "model": model if isinstance(model, str) else type(model).__name__,
+        "weights": digest(loaded.module),
+        "data": None if splits is None else splits.name,
+        "data_fingerprint": None if splits is None else splits.fingerprint(),
+        "input_shape": loaded.input_shape if splits is None else splits.input_shape,
+        "budget": asked.to_dict(),
+        "effort": dc.asdict(effort),
+        "machine": environment(),
+        **options,
+    }
+
+
+def _record(run: Run, row: dict[str, Any]) -> None:
+    """Append a row, once."""
+    if not run.journal.find(**{key: row[key] for key in ("step", "choice") if key in row}):
+        run.journal.append(row)
 
 
 def _able_to_judge(original: Original, limits: Mapping[str, float]) -> Original:
@@ -211,17 +205,18 @@ def _written(original: Original, found: Found, directory: pathlib.Path, clock: C
     again = pack(held.to_onnx(), plan=held.plan, provenance=held.provenance, state=held.state())
     size = save(again, target)
     if size > best.costs["size_bytes"]:  # never seen; the file that was judged is the answer then
-        shutil.copyfile(best.path, target)
         size = int(best.costs["size_bytes"])
+        write_whole(target, [best.path.read_bytes()], size)
     answer = _answer(original, found, best, target, float(size), clock)
-    _write_json(directory / PLAN, best.plan.to_dict())
-    _write_json(
+    write_json(directory / PLAN, best.plan.to_dict())
+    write_json(
         directory / RESULT,
         {
             "met": found.met,
             "axis": found.axis,
             "layer": found.layer,
             **answer.to_dict(),
+            **({} if found.met else {"refusal": refusal(found, answer)}),
             "environment": environment(),
         },
     )
@@ -306,24 +301,6 @@ def _predicted(
     )
 
 
-def _refusal(found: Found, answer: Answer) -> str:
-    costs = {
-        "size_bytes": answer.size_bytes,
-        "latency_ms": answer.latency_ms,
-        "macs": answer.macs,
-        "energy_mj": answer.energy_mj,
-        "drop_pt": found.answer.drop.judged_pt,
-    }
-    met = ", ".join(
-        f"{axis} {costs[axis]:,.4g} of {limit:,.4g}" for axis, limit in found.limits.items()
-    )
-    return (
-        f"no model that was found is within the budget; the nearest has {met}. What binds is {found.axis}, at layer "
-        f"{found.layer!r}. It is written as {answer.path}, and {answer.report} shows it: raise that bound, or take "
-        "more effort"
-    )
-
-
 def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> dict[str, Any]:
     return {
         "step": "original",
@@ -335,28 +312,3 @@ def _first_row(original: Original, asked: Budget, effort: Effort, seed: int) -> 
         "float_engine_ms": original.engine_ms,
         "environment": environment(),
     }
-
-
-@contextlib.contextmanager
-def _directory(out: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, pathlib.Path, Journal]]:
-    """The directory of the answer, one for candidates inside it that is removed at the end, and the journal."""
-    directory = pathlib.Path(out)
-    if directory.suffix == ".tersor":
-        raise SpecError(f"out {out}: a directory is expected; the model lies in it as {MODEL}")
-    if (directory / RESULT).exists():
-        raise RunError(f"{directory} holds an answer already ({RESULT}); name another directory")
-    work = directory / "candidates"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
-    try:
-        with Journal(directory / ROWS) as journal:
-            yield directory, work, journal
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-    write_whole(path, [data], len(data))

@@ -33,8 +33,8 @@ class Effort:
 EFFORTS = {
     effort.name: effort
     for effort in (
-        Effort("quick", 2, False, 512, 2000, 4),
-        Effort("standard", 15, True, 1024, 5000, 6),
+        Effort("quick", 2, False, 512, 2000, 8),
+        Effort("standard", 15, True, 1024, 5000, 8),
         Effort("max", 120, True, 1024, 5000, 12),
     )
 }
@@ -64,6 +64,10 @@ class Clock:
     def passed(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.started
+
+    def spend(self, seconds: float) -> None:
+        """Count what was spent before the start, in a process that was ended."""
+        self.started -= seconds
 
     @property
     def left(self) -> float:

@@ -118,6 +118,15 @@ class LatencyTable:
 
         return at
 
+    @property
+    def times(self) -> dict[str, float]:
+        """All that is known, for `remember`."""
+        return dict(self._times)
+
+    def remember(self, times: Mapping[str, float]) -> None:
+        """Take over what another table of this machine knew."""
+        self._times |= times
+
     def keep(self) -> None:
         """Write the table to the cache; where that cannot be, it is measured again next time."""
         if self.path is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses as dc
 import os
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from tersor.methods.prune_structured import require_finite
 from tersor.methods.synthesize import synthetic_inputs
 from tersor.models import load_model
 from tersor.ondemand.effort import Effort, Watch
+from tersor.ondemand.kept import Kept, read_array, write_array
 from tersor.pipeline import deployment_graph
 from tersor.specs import Budget
 
@@ -36,6 +38,7 @@ FloatArray = npt.NDArray[np.float32]
 EAGER, FLOAT = "PyTorch eager float32", "ONNX Runtime float32"
 # Without data: more are dear to make, and say little more.
 SYNTHETIC = 128
+INPUTS, LOGITS = "inputs.npy", "logits.npy"
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -76,22 +79,47 @@ class Original:
         return self.splits.input_shape
 
 
-def measured_original(
+@dc.dataclass(frozen=True, eq=False)
+class Given:
+    """A network and inputs as they were given; `splits` None: they are to be made from the network, in
+    `input_shape`."""
+
+    module: nn.Module
+    splits: Splits | None
+    input_shape: tuple[int, int, int] | None
+
+
+def given(
     model: nn.Module | str,
     data: Any,
-    budget: Budget,
-    effort: Effort,
     *,
     weights: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     input_shape: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> Given:
+    """Load. See `ondemand.compress` for `model` and `data`."""
+    module = _module(model, weights, num_classes, seed)
+    if data is None and input_shape is None:
+        raise SpecError(
+            "without data the size of an input must be given: --input-shape 3 32 32 (channels height width)"
+        )
+    return Given(module, None if data is None else _splits(data, seed), input_shape)
+
+
+def measured_original(
+    given: Given,
+    budget: Budget,
+    effort: Effort,
+    kept: Kept,
+    *,
     use_labels: bool = True,
     seed: int = 0,
     watch: Watch,
 ) -> Original:
-    """Load, fold exactly, run and time the original. See `ondemand.compress` for `model` and `data`."""
-    module = _module(model, weights, num_classes, seed)
-    splits, synthetic = _splits(module, data, input_shape, seed, watch)
+    """Fold exactly, run and time the original."""
+    module, synthetic = given.module, given.splits is None
+    splits = given.splits if given.splits is not None else _made(given, seed, kept, watch)
     watch("the original: its graph, answers and time", 0.0)
     require_finite(module)
     folded = tuple(
@@ -102,21 +130,28 @@ def measured_original(
     held = splits.normalise(splits.validation.images[: effort.num_held])
     labels = splits.validation.labels if use_labels else None
     threads = budget.threads or available_cpus()
-    engine = open_session(graph, threads=threads)
-    logits = logits_of(engine, held)
-    if logits.ndim != 2 or not np.isfinite(logits).all():
-        raise DataError(
-            f"the network gives outputs of shape {logits.shape}, or NaN or infinity, for the inputs of {splits.name}; "
-            "finite logits (N, classes) are compared here"
-        )
-    sessions = {EAGER: open_session(module, engine="torch", threads=threads), FLOAT: engine}
-    times = time_apart(sessions, splits.input_shape, budget.batch, seconds=effort.timing_seconds)
+
+    def run(place: pathlib.Path) -> dict[str, float]:
+        engine = open_session(graph, threads=threads)
+        logits = logits_of(engine, held)
+        if logits.ndim != 2 or not np.isfinite(logits).all():
+            raise DataError(
+                f"the network gives outputs of shape {logits.shape}, or NaN or infinity, for the inputs of "
+                f"{splits.name}; finite logits (N, classes) are compared here"
+            )
+        sessions = {EAGER: open_session(module, engine="torch", threads=threads), FLOAT: engine}
+        seconds = effort.timing_seconds
+        times = time_apart(sessions, splits.input_shape, budget.batch, seconds=seconds)
+        write_array(place / LOGITS, logits)
+        return {"latency_ms": times[EAGER].median_ms, "engine_ms": times[FLOAT].median_ms}
+
+    times, place = kept.piece("original", {}, run)
     tensors = [*module.parameters(), *module.buffers()]
     size = 4.0 * sum(t.numel() for t in tensors if t.is_floating_point())
     macs = float(sum(layer.macs for layer in graph_layers(graph)))
     costs = {
         "size_bytes": size,
-        "latency_ms": times[EAGER].median_ms,
+        "latency_ms": times["latency_ms"],
         "macs": macs,
         "energy_mj": counted_energy_mj(macs, size, integers=False, batch=budget.batch),
     }
@@ -128,9 +163,9 @@ def measured_original(
         inputs,
         held,
         None if labels is None else labels[: len(held)],
-        logits,
+        read_array(place / LOGITS),
         costs,
-        times[FLOAT].median_ms,
+        times["engine_ms"],
         budget.batch,
         threads,
         words,
@@ -153,35 +188,36 @@ def _module(model: nn.Module | str, weights: Any, num_classes: int | None, seed:
     return load_model(model, weights=weights, num_classes=num_classes, seed=seed)
 
 
-def _splits(
-    module: nn.Module,
-    data: Any,
-    input_shape: tuple[int, int, int] | None,
-    seed: int,
-    watch: Watch,
-) -> tuple[Splits, bool]:
-    """The data in its uses, and whether it was made from the network."""
-    if data is None:
-        if input_shape is None:
-            raise SpecError(
-                "without data the size of an input must be given: --input-shape 3 32 32 (channels height width)"
-            )
+def _made(given: Given, seed: int, kept: Kept, watch: Watch) -> Splits:
+    """Inputs made from the network."""
+    assert given.input_shape is not None, "checked where it was given"
+    shape = given.input_shape
+
+    def make(place: pathlib.Path) -> int:
         made = synthetic_inputs(
-            module,
-            input_shape,
+            given.module,
+            shape,
             SYNTHETIC,
             seed=seed,
             on_progress=lambda share: watch("making inputs from batch norms", share),
         )
-        return unlabelled("synthetic inputs", made, seed=seed), True
+        write_array(place / INPUTS, made)
+        return len(made)
+
+    _, place = kept.piece("inputs", {}, make)
+    return unlabelled("synthetic inputs", read_array(place / INPUTS), seed=seed)
+
+
+def _splits(data: Any, seed: int) -> Splits:
+    """The data in its uses."""
     if isinstance(data, Splits):
-        return data, False
+        return data
     if isinstance(data, str):
-        return load_data(data, seed=seed), False
+        return load_data(data, seed=seed)
     if isinstance(data, np.ndarray | torch.Tensor):
-        return unlabelled("the given inputs", np.asarray(data), seed=seed), False
+        return unlabelled("the given inputs", np.asarray(data), seed=seed)
     if isinstance(data, Iterable):
-        return from_batches("the given inputs", data, seed=seed), False
+        return from_batches("the given inputs", data, seed=seed)
     raise SpecError(
         f"data is {type(data).__name__}; expected a name, a Splits, an array of inputs, batches of them, or None"
     )

@@ -28,6 +28,7 @@ NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of th
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
 # training; corrected by the first candidate.
 FITTED, TRAINED = 0.4, 0.15
+RATED = 0.4  # of the harm of bits by layer, where codes are chosen by rate and distortion at as many bytes
 STATIC, FLOAT = "static", "weight_only"  # modes: integers, or codes that are computed with in float
 FLOAT_MAY_WIN = 1.5  # times the integers' latency
 FIXED = 0.15  # of a float network's time that channels have no part in
@@ -42,7 +43,6 @@ class Factors:
     bits: float = 1.0
     latency: dict[str, float] = dc.field(default_factory=lambda: {STATIC: 1.0, FLOAT: 1.0})
     size: float = 1.0
-    drop: float = 1.0
 
 
 class Predictor:
@@ -61,7 +61,7 @@ class Predictor:
         trains: bool = False,
     ) -> None:
         self.original, self.family, self.bits, self.first = original, family, bits, first
-        self.factors = Factors(TRAINED if trains else FITTED)
+        self.factors = Factors(*((TRAINED, RATED) if trains else (FITTED, 1.0)))
         whole = sum(b.harm_kl[max(b.harm_kl)] for b in bits.values())
         self.activations = max(first.drop.harm_kl - whole, 0.0)
         told = sum(
@@ -72,7 +72,11 @@ class Predictor:
         )
         self.beside = max(first.costs["size_bytes"] - told, 0.0)  # what no layer's codes take
         self._units: dict[float, tuple[Units, float]] = {}
+        self._made: dict[float, float] = {1.0: 0.0}  # harm of the networks that were made, by share
         self._drops = _drops(original)
+        # (logarithm of a harm, drop judged there over the drop expected), of all that was measured
+        self._judged: list[tuple[float, float]] = []
+        self._hear(first)
 
     def shares(self) -> list[float]:
         """The shares of the channels' cost that can be had, from all down."""
@@ -133,8 +137,16 @@ class Predictor:
         )
         activations = self.activations if integers else 0.0
         return Form(
-            (share, mode), costs, self.beside, activations + harm * factors.channels, options
+            (share, mode), costs, self.beside, activations + self._channels(share, harm), options
         )
+
+    def _channels(self, share: float, raw: float) -> float:
+        """What the channels' removal is taken to cost: as measured where that network was made, and else at least
+        what a wider one was measured to cost."""
+        if share in self._made:
+            return self._made[share]
+        wider = [harm for other, harm in self._made.items() if other > share]
+        return max([raw * self.factors.channels, *wider])
 
     def limits(self, asked: Mapping[str, float]) -> dict[str, float]:
         """The limits of a budget in the search's axes: points of accuracy become harm."""
@@ -145,20 +157,39 @@ class Predictor:
 
     def harm_of(self, drop_pt: float) -> float:
         """The KL divergence at which the original would be judged to lose `drop_pt`."""
-        harms, drops = self._drops
-        return float(np.interp(MARGIN * drop_pt / self.factors.drop, drops, harms, left=0.0))
+        harms = self._drops[0]
+        tried = np.geomspace(1e-6, harms[-1], 200)
+        drops = np.maximum.accumulate([self.drop_of(float(harm)) for harm in tried])
+        return float(np.interp(MARGIN * drop_pt, [0.0, *drops], [0.0, *tried]))
 
     def drop_of(self, harm: float) -> float:
-        """The inverse of `harm_of`, in points."""
+        """What a model of that KL divergence would be judged to lose, in points."""
         harms, drops = self._drops
-        return float(np.interp(harm, harms, drops)) * self.factors.drop
+        expected = float(np.interp(harm, harms, drops))
+        if not self._judged or harm <= 0:
+            return expected
+        logs, ratios = zip(*sorted(self._judged), strict=True)
+        return expected * float(np.interp(np.log(harm), logs, ratios))
+
+    def _hear(self, found: Measured) -> None:
+        """Learn what a harm that was measured is judged as."""
+        harm = found.drop.harm_kl
+        expected = float(np.interp(harm, *self._drops))
+        if harm > 0 and expected > 0:
+            ratio = self.original.judged_pt(found.drop) / expected
+            self._judged.append((float(np.log(harm)), float(np.clip(ratio, 0.4, 2.5))))
+
+    def hear_network(self, share: float, harm: float) -> None:
+        """Learn the KL divergence of the network that was made with that share."""
+        self._made[share] = harm
+        _, raw = self.units(share)
+        if raw > 0:
+            self.factors.channels = float(np.clip(harm / raw, 0.005, 3.0))
 
     def correct(self, point: Point, found: Measured, network_harm: float) -> None:
         """Learn from a candidate: `network_harm` is the KL divergence of its network before it got its bits."""
         (share, mode), factors = point.form.choice, self.factors
-        _, raw = self.units(share)
-        if raw > 0:
-            factors.channels = float(np.clip(network_harm / raw, 0.005, 3.0))
+        self.hear_network(share, network_harm)
         bits = point.harm - point.form.harm
         rest = found.drop.harm_kl - network_harm - self.activations * (mode == STATIC)
         if bits > 0 and rest > 0.1 * found.drop.harm_kl:
@@ -170,10 +201,7 @@ class Predictor:
         if codes > 0:
             real = found.costs["size_bytes"] - self.beside
             factors.size *= float(np.clip(real / codes, 0.5, 2.0))
-        factors.drop = 1.0
-        expected = self.drop_of(found.drop.harm_kl)
-        if expected > 0:
-            factors.drop = float(np.clip(self.original.judged_pt(found.drop) / expected, 0.4, 2.5))
+        self._hear(found)
 
     def described(self, point: Point) -> dict[str, Any]:
         """A point of the search as a JSON-ready dict; nothing of it is measured."""

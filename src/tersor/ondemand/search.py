@@ -5,28 +5,42 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tersor.errors import BudgetError, ModelError
-from tersor.methods.bit_options import BitOptions, bit_options
+import onnx
+
+from tersor.errors import BudgetError, EngineError, ModelError
+from tersor.methods.bit_options import BitOptions
 from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.restore import unheld
-from tersor.ondemand.build import Network, example_of, network, rounded
-from tersor.ondemand.candidate import Measured, measured
-from tersor.ondemand.effort import Clock, Effort, Watch
-from tersor.ondemand.latency import LatencyTable, time_cost
+from tersor.methods.squeeze_search import Priced
+from tersor.ondemand import coding
+from tersor.ondemand.build import (
+    Network,
+    Wanted,
+    few_bits,
+    network,
+    networks_elsewhere,
+    request_of,
+    rounded,
+)
+from tersor.ondemand.candidate import Measured, measured, measured_before
+from tersor.ondemand.effort import Effort, Watch
+from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
-from tersor.search.tradeoff import GOALS, Point, best, nearest, nondominated, pareto, points
+from tersor.ondemand.trials import bits_tried, channels_tried
+from tersor.runs.executors import Executor, open_executor
+from tersor.search.tradeoff import GOALS, SIZE, Point, best, nearest, nondominated, pareto, points
+from tersor.specs import Plan
 
-FAMILY_IMAGES = 128  # on which channels are tried
 FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop is given
 FRONT = 16  # points of the front that are told
 ENGINES_AT_ONE = ("onnxruntime", "openvino")  # at larger batches all that are here are tried
 SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
-TRAINED_SHARE = 0.7  # of the time left goes into one training
+AHEAD = 4  # networks that are made at once where there are workers
+TRAINED_SHARE = 0.6  # of the time left goes into one training
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 Record = Callable[[dict[str, Any]], None]
 
@@ -61,53 +75,49 @@ class Facts:
     notes: tuple[str, ...]
 
 
-def facts(
-    original: Original, effort: Effort, directory: pathlib.Path, *, seed: int = 0, watch: Watch
-) -> Facts:
-    """Measure what the search rests on; the file of the whole network at 8 bits is `directory`/candidate_0.tersor.
+def facts(original: Original, effort: Effort, kept: Kept, *, seed: int = 0, watch: Watch) -> Facts:
+    """Measure what the search rests on.
 
     Raises ModelError where no engine here runs the quantized network rightly.
     """
-    started = time.monotonic()
     whole = Network(1.0, original.module, original.graph, None, 0.0)
-    graph, plan = rounded(original, whole, {}, watch)
-    watch("the whole network at 8 bits: file, engines, answers", 0.0)
-    first = measured(
-        original,
-        graph,
-        plan,
-        directory / "candidate_0.tersor",
-        {"channels_share": 1.0, "mode": STATIC, "bits": {}},
-        macs=original.costs["macs"],
-        state=unheld(original.module, original.graph),
-        engines=ENGINES_AT_ONE if original.batch == 1 else None,
-        seconds=effort.timing_seconds,
-    )
-    if first is None:
-        raise ModelError(
-            "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
-        )
-    first = dc.replace(first, seconds=time.monotonic() - started)
-    table = LatencyTable(original.batch, original.threads)
+    first = _first(original, whole, effort, kept, watch)
     family, notes = None, []
     try:
-        family = ChannelFamily(
-            original.module,
-            original.inputs[:FAMILY_IMAGES],
-            example_of(original),
-            cost_of=time_cost(original.module, original.input_shape, table),
-            on_progress=lambda share: watch("which channels are missed least", share),
-            seed=seed,
-        )
+        family = channels_tried(original, kept, seed, watch)
     except ModelError as error:
         notes.append(f"no channels are removed: {error}")
-    bits = bit_options(
-        original.graph,
-        original.inputs,
-        on_progress=lambda share: watch("how many bits each layer needs", share),
-        seed=seed,
-    )
+
+    bits = bits_tried(original, kept, seed, watch)
     return Facts(first, family, bits, whole, tuple(notes))
+
+
+def _first(
+    original: Original, whole: Network, effort: Effort, kept: Kept, watch: Watch
+) -> Measured:
+    def make(place: pathlib.Path) -> dict[str, Any] | None:
+        started = kept.clock.passed
+        graph, plan = rounded(original, whole, {}, watch)
+        watch("the whole network at 8 bits: file, engines, answers", 0.0)
+        found = measured(
+            original,
+            graph,
+            plan,
+            place / "candidate_0.tersor",
+            {"channels_share": 1.0, "mode": STATIC, "bits": {}},
+            macs=original.costs["macs"],
+            state=unheld(original.module, original.graph),
+            engines=ENGINES_AT_ONE if original.batch == 1 else None,
+            seconds=effort.timing_seconds,
+        )
+        if found is None:
+            raise ModelError(
+                "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
+            )
+        return dc.replace(found, seconds=kept.clock.passed - started).row()
+
+    row, place = kept.piece("candidate", {"number": 0}, make)
+    return measured_before(row, place)
 
 
 class Search:
@@ -119,52 +129,69 @@ class Search:
         known: Facts,
         asked: Mapping[str, float],
         effort: Effort,
-        directory: pathlib.Path,
-        clock: Clock,
+        kept: Kept,
         *,
         relative_latency: bool = False,
         seed: int = 0,
+        workers: Executor | None = None,
         record: Record = lambda row: None,
         watch: Watch,
     ) -> None:
         self.original, self.known, self.asked, self.effort = original, known, asked, effort
-        self.directory, self.clock, self.seed = directory, clock, seed
+        self.kept, self.clock, self.seed = kept, kept.clock, seed
         self.relative_latency = relative_latency
         self.record, self.watch = record, watch
         self.predictor = Predictor(
             original, known.family, known.bits, known.first, trains=effort.trains
         )
         self.made: list[Measured] = []
+        self.workers = workers or open_executor("local")
+        self._spread_out: set[float] = set()  # shares whose networks the workers made
         self._networks: dict[float, Network] = {1.0: known.whole}
+        self._priced: dict[float, Priced] = {}
+        self._making = 0.0  # seconds of the last build that its network took, with its training
+        self.notes = list(known.notes)
+        self._failed: set[Any] = set()  # forms that could not be built
+        self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
         self._keep(known.first)
 
     def point(self) -> tuple[Point, str]:
         """What the search would build next, by prediction; and the axis that it passes, "" where none."""
         predictor = self.predictor
         limits = predictor.limits(self.asked)
-        forms = predictor.forms()
+        forms = [form for form in predictor.forms() if form.choice not in self._failed]
+        forms = forms or predictor.forms()
         slack = predictor.harm_of(FREE_PT)
         try:
             return best(forms, limits, slack=slack), ""
         except BudgetError:
-            return nearest(forms, limits)
+            fresh = [form for form in forms if form.choice not in self._missed]
+            return nearest(fresh or forms, limits)
 
     def run(self) -> Found:
         """Build candidates until they repeat, or the rounds or the time are used up; one is always built."""
         tried: set[Any] = {((1.0, STATIC), (8,))}
         last = self.known.first.seconds
         for number in range(1, self.effort.rounds + 1):
-            point, _ = self.point()
+            point, axis = self.point()
+            if self._spread(point.form.choice[0]):
+                point, axis = self.point()
             bits = {layer: int(option.choice) for layer, option in point.choices.items()}
             key = (point.form.choice, tuple(bits.values()))
             if set(bits.values()) == {8}:
                 key = (point.form.choice, (8,))
-            if key in tried or (number > 1 and self.clock.left < AFTER_SHARE * last):
+            if axis:
+                self._missed.add(point.form.choice)
+            if number > 1 and self.clock.left < AFTER_SHARE * last:
+                break
+            if key in tried:
+                if axis and len(self._missed) < len(self.predictor.forms()):
+                    continue
                 break
             tried.add(key)
-            started = time.monotonic()
+            before, self._making = self.clock.passed, 0.0
             self._build(number, point, bits)
-            last = time.monotonic() - started
+            last = self.clock.passed - before - self._making
         return self.found()
 
     def found(self) -> Found:
@@ -174,12 +201,12 @@ class Search:
         front = tuple(self._front())
         if fitting:
             answer = self._chosen(fitting)
-            return Found(answer, True, self.asked, tuple(self.made), front, notes=self.known.notes)
+            return Found(answer, True, self.asked, tuple(self.made), front, notes=tuple(self.notes))
         answer = min(self.made, key=lambda each: self.excess(each)[0])
         axis = self.excess(answer)[1]
         layer = point.bound_layer or _dearest(point)
         return Found(
-            answer, False, self.asked, tuple(self.made), front, axis, layer, self.known.notes
+            answer, False, self.asked, tuple(self.made), front, axis, layer, tuple(self.notes)
         )
 
     def excess(self, each: Measured) -> tuple[float, str]:
@@ -207,43 +234,98 @@ class Search:
         return min(fitting, key=lambda e: sum(math.log(e.costs[axis]) for axis in goals))
 
     def _build(self, number: int, point: Point, bits: Mapping[str, int]) -> None:
-        started = time.monotonic()
         share, mode = point.form.choice
-        made = self._network(share)
-        graph, plan = rounded(self.original, made, bits, self.watch, mode=mode)
-        self.watch(f"candidate {number}: file, engine, answers", 0.0)
-        found = measured(
-            self.original,
-            graph,
-            plan,
-            self.directory / f"candidate_{number}.tersor",
-            {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
-            macs=point.form.costs["macs"],
-            state=unheld(made.module, made.graph),
-            engines=self._engines() if mode == STATIC else ["onnxruntime"],
-            seconds=self.effort.timing_seconds,
-        )
-        if found is None:
+
+        def make(place: pathlib.Path) -> dict[str, Any] | None:
+            started = self.clock.passed
+            made = self._network(share)
+            graph, plan, by_rate = self._coded(made, point, bits)
+            self.watch(f"candidate {number}: file, engine, answers", 0.0)
+            found = measured(
+                self.original,
+                graph,
+                plan,
+                place / f"candidate_{number}.tersor",
+                {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
+                macs=point.form.costs["macs"],
+                state=unheld(made.module, made.graph),
+                engines=self._engines() if mode == STATIC else ["onnxruntime"],
+                seconds=self.effort.timing_seconds,
+                quick_coding=not by_rate,
+            )
+            if found is None:
+                return None
+            row = dc.replace(found, seconds=self.clock.passed - started).row()
+            return {"row": row, "network_kl": made.harm_kl}
+
+        asked = {"number": number, "share": share, "mode": mode, "bits": dict(bits)}
+        try:
+            told, place = self.kept.piece("candidate", asked, make)
+        except (MemoryError, EngineError, ModelError) as error:
+            self._failed.add(point.form.choice)
+            self.notes.append(
+                f"candidate {number} failed: {str(error) or 'it needs more memory than there is'}"
+            )
             return
-        found = dc.replace(found, seconds=time.monotonic() - started)
-        self.predictor.correct(point, found, made.harm_kl)
+        if told is None:
+            return
+        found = measured_before(told["row"], place)
+        self.predictor.correct(point, found, told["network_kl"])
         self._keep(found)
+
+    def _coded(
+        self, made: Network, point: Point, bits: Mapping[str, int]
+    ) -> tuple[onnx.ModelProto, Plan, bool]:
+        """The graph of `made` at the bytes of `point`, its plan, and whether its codes were chosen by rate and
+        distortion: with few bits, an effort that has the time, and a price that comes to these bytes."""
+        share, mode = point.form.choice
+        spare = self.clock.left - coding.seconds_to_code(made)
+        if self.effort.trains and few_bits(bits) and spare > self.known.first.seconds:
+            size = point.costs[SIZE] - self.predictor.beside - coding.bytes_of_scales(made)
+            spec = request_of(self.original, mode, True)
+            near = self._priced.get(share)
+            try:
+                graph, plan, self._priced[share] = coding.coded(
+                    self.original, made, int(size), spec, self.watch, near=near, seed=self.seed
+                )
+                return graph, plan, True
+            except BudgetError as error:
+                self.watch(f"bits by layer instead: {error}", 0.0)
+        return *rounded(self.original, made, bits, self.watch, mode=mode), False
 
     def _network(self, share: float) -> Network:
         if share not in self._networks:
-            units, _ = self.predictor.units(share)
-            reserve = 3 * self.known.first.seconds
-            self._networks[share] = network(
-                self.original,
-                self.known.family,
-                share,
-                units,
-                self.effort,
-                train_seconds=TRAINED_SHARE * (self.clock.left - reserve),
-                seed=self.seed,
-                watch=self.watch,
-            )
+            started = self.clock.passed
+            wanted = self._wanted(share)
+            self._networks[share] = network(self.original, wanted, self.kept, self.watch)
+            self._making = self.clock.passed - started
         return self._networks[share]
+
+    def _wanted(self, share: float) -> Wanted:
+        family, (units, _) = self.known.family, self.predictor.units(share)
+        gone = any(len(held) for held in units.values())
+        plan = family.plan(units) if family is not None and gone else None
+        reserve = 3 * self.known.first.seconds + coding.seconds_to_code(self.known.whole)
+        seconds = TRAINED_SHARE * (self.clock.left - reserve) if self.effort.trains else 0.0
+        return Wanted(share, plan, seconds, self.seed)
+
+    def _spread(self, share: float) -> bool:
+        """Make the network of `share`, and of those near it that may be next, where the workers are; the prediction
+        hears what they cost. False where that is here, or there is nothing to make."""
+        if self.workers.here or share == 1 or share in self._spread_out:
+            return False
+        shares = [s for s in self.predictor.shares() if s < 1 and s not in self._spread_out]
+        place = shares.index(share)
+        near = sorted(shares, key=lambda s: abs(shares.index(s) - place))[:AHEAD]
+        self._spread_out.update(near)
+        wanted = [self._wanted(s) for s in near]
+        found, problems = networks_elsewhere(
+            self.original, wanted, self.kept, self.workers, self.watch
+        )
+        for each, harm in sorted(found.items(), reverse=True):
+            self.predictor.hear_network(each, harm)
+        self.notes += problems
+        return True
 
     def _engines(self) -> list[str]:
         times = self.known.first.engines_ms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses as dc
 import datetime
 import io
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from torch import nn
 
 from tersor.artifact.storage import write_whole
@@ -25,17 +23,15 @@ from tersor.data.arrays import Splits
 from tersor.engines import Session, open_session
 from tersor.errors import RunError
 from tersor.graph.export import export_onnx
-from tersor.graph.fold import fold_copies_
 from tersor.methods.finetune import Progress, finetune
 from tersor.methods.quantize import Quantized
 from tersor.models.load import load_model, load_weights_, save_weights
-from tersor.pipeline import prune_model, quantize_graph, write
+from tersor.pipeline import quantize_graph, write
 from tersor.results import Score
-from tersor.specs import Finetune, Plan, Prune, Quantize
-from tersor.study.journal import Journal
+from tersor.runs import Rows
+from tersor.runs.executors import Watch
+from tersor.specs import Finetune, Plan, Quantize
 from tersor.study.settings import StudySettings
-
-Watch = Callable[[str, float], None]  # what is done, and the share of it that is finished (0 to 1)
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -45,7 +41,7 @@ class Lab:
     settings: StudySettings
     splits: Splits
     out: pathlib.Path
-    journal: Journal
+    journal: Rows
     weights: dict[str, str]
     watch: Watch
     graphs: dict[tuple[str, str], onnx.ModelProto | Quantized] = dc.field(default_factory=dict)
@@ -54,8 +50,12 @@ class Lab:
     def work(self) -> pathlib.Path:
         """Intermediate files: float weights, checkpoints, per-sample results."""
         path = self.out / "work"
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def to_send(self) -> Lab:
+        """This lab for a worker elsewhere: the rows so far in memory, and nobody to watch."""
+        return dc.replace(self, journal=Rows(self.journal.rows()), watch=unwatched, graphs={})
 
     def record(self, model: str, row: dict[str, Any]) -> None:
         """Append a row with the facts that every row carries."""
@@ -90,6 +90,10 @@ class Lab:
     def progress(self, label: str) -> Callable[[Progress], None]:
         """A training's progress as this study shows it."""
         return lambda p: self.watch(f"{label}: {p}", p.step / p.num_steps)
+
+
+def unwatched(text: str, share: float) -> None:
+    """Nobody looks."""
 
 
 def float_module(lab: Lab, model: str) -> nn.Module:
@@ -203,7 +207,7 @@ def judge(lab: Lab, label: str, session: Session) -> Score:
     )
 
 
-def measure_quantized(lab: Lab, model: str, module: nn.Module, mode: str, original: Score) -> None:
+def measure_quantized(lab: Lab, model: str, module: nn.Module, original: Score, mode: str) -> None:
     """Quantize in one mode: bytes, accuracy on ONNX Runtime, coverage."""
     key = {"kind": "accuracy", "model": model, "variant": mode}
     if not lab.missing(**key):
@@ -268,122 +272,3 @@ def measure_timing(lab: Lab, model: str, module: nn.Module, batch: int) -> None:
         ratio = timing.median_ms / eager
         row = {"kind": "timing", "variant": name.split("/")[0], **timing.to_dict(), "ratio": ratio}
         lab.record(model, row)
-
-
-def measure_pruned(
-    lab: Lab, model: str, module: nn.Module, scope: str, sparsity: float, original: Score
-) -> None:
-    """One sparsity in its three states: one-shot, re-estimated, fine-tuned."""
-    key = {
-        "kind": "accuracy",
-        "model": model,
-        "variant": "pruned",
-        "scope": scope,
-        "sparsity": sparsity,
-    }
-    todo = {r for r in ("none", "bn", "finetune") if lab.missing(**key, recovery=r)}
-    if not todo:
-        return
-    settings = lab.settings
-    label = f"{model} pruned {sparsity:.0%} by {scope}"
-    lab.watch(f"{label}: prune", 0.0)
-    place = settings.sparsities.index(sparsity)
-    recovery = Finetune(
-        epochs=settings.finetune_epochs[place],
-        learning_rate=settings.finetune_learning_rate[place],
-        batch_size=settings.batch_size,
-        augment=settings.augment,
-        seed=settings.seed,
-    )
-    checkpoint = lab.work / f"{model}.{scope}.{sparsity}.pt"
-    pruned = prune_model(
-        module,
-        lab.splits,
-        Prune(sparsity=sparsity, criterion=settings.criterion, scope=scope),
-        recovery=recovery if "finetune" in todo else None,
-        checkpoint=checkpoint,
-        on_progress=lab.progress(f"{label}: fine-tune"),
-        seed=settings.seed,
-    )
-    states = {
-        "none": pruned.one_shot,
-        "bn": pruned.reestimated,
-        "finetune": None if pruned.finetuned is None else pruned.finetuned.module,
-    }
-    if lab.missing(kind="coverage", model=model, variant="pruned", scope=scope, sparsity=sparsity):
-        row = coverage_row("pruned", pruned.plan, {})
-        lab.record(model, {**row, "scope": scope, "sparsity": sparsity})
-    for state, candidate in states.items():
-        if state not in todo or candidate is None:
-            continue
-        row = _pruned_row(lab, f"{label}, {state}", candidate, original, state)
-        row |= {"scope": scope, "sparsity": sparsity, "recovery": state}
-        if state == "finetune":
-            row["recipe"] = recovery.to_dict()
-        if settings.time_pruned:
-            _time_pruned(lab, model, module, candidate, (scope, sparsity, state))
-        lab.record(model, row)
-    checkpoint.unlink(missing_ok=True)
-
-
-def _time_pruned(
-    lab: Lab, model: str, module: nn.Module, pruned: nn.Module, key: tuple[str, float, str]
-) -> None:
-    """Time a pruned form beside the eager float network, interleaved."""
-    threads, shape = lab.settings.threads, lab.splits.input_shape
-    sessions = {
-        "float": open_session(module, engine="torch", threads=threads),
-        "pruned": open_session(export_onnx(pruned, shape), threads=threads),
-    }
-    seconds = lab.settings.timing_seconds / 4
-    for batch in lab.settings.batches:
-        timings = time_sessions(sessions, shape, batch, seconds=seconds)
-        ratio = timings["pruned"].median_ms / timings["float"].median_ms
-        row = {"kind": "timing", "variant": "pruned", **timings["pruned"].to_dict(), "ratio": ratio}
-        lab.record(model, row | dict(zip(("scope", "sparsity", "recovery"), key, strict=True)))
-
-
-def _pruned_row(
-    lab: Lab, label: str, module: nn.Module, original: Score, recovery: str
-) -> dict[str, Any]:
-    """Bytes of the written file, and accuracy in the precision the settings ask for."""
-    fast = lab.settings.accuracy_precision == "bf16"
-    size = None
-    if not fast or recovery == "finetune":
-        graph = export_onnx(module, lab.splits.input_shape)
-        path = lab.work / "candidate.tersor"
-        size = write(graph, path)
-        path.unlink()
-    if fast:
-        # Exactly folded: the same function, less time.
-        folded = copy.deepcopy(module)
-        fold_copies_(folded, torch.zeros(2, *lab.splits.input_shape))
-        session = open_session(folded, engine="torch_bf16", threads=lab.settings.threads)
-    else:
-        session = open_session(graph, threads=lab.settings.threads)
-    row = accuracy_row("pruned", judge(lab, label, session), original, size)
-    if fast:
-        row |= {"engine": session.engine, "precision": "bf16"}
-    return row
-
-
-def same_settings(lab: Lab) -> None:
-    """Write the settings at the start; at a resume, refuse others and name the difference."""
-    asked = {**lab.settings.to_dict(), "data": lab.splits.name, "weights": sorted(lab.weights)}
-    found = lab.journal.find(kind="run")
-    if not found:
-        lab.journal.append({"kind": "run", "settings": asked})
-        return
-    before = found[0]["settings"]
-    # A setting that the first run did not know had its default there.
-    different = [k for k in asked if k in before and _json(asked[k]) != _json(before[k])]
-    if different:
-        key = different[0]
-        raise RunError(
-            f"{lab.out} holds a study with {key}={before.get(key)!r}, now asked for {asked[key]!r}; "
-            "use the same settings to go on, or another --out"
-        )
-
-
-def _json(value: Any) -> Any:
-    return [_json(v) for v in value] if isinstance(value, list | tuple) else value

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
 import math
 import os
 import pathlib
 import stat
-import time
 from types import TracebackType
 from typing import Any
 
 from tersor.errors import RunError
+from tersor.runs.owner import Owner
 
-LOCK_NAME = "run.lock"
 Row = dict[str, Any]
 
 
-class Journal:
+class Rows:
+    """Rows held in memory, as a worker of a run makes them for the owner of its journal."""
+
+    def __init__(self, rows: list[Row] | None = None) -> None:
+        self._rows: list[Row] = copy.deepcopy(rows or [])
+
+    def rows(self) -> list[Row]:
+        """All rows in the order they were appended; copies."""
+        return copy.deepcopy(self._rows)
+
+    def find(self, **keys: Any) -> list[Row]:
+        """The rows that hold all of `keys` with equal values (tuples equal lists); copies."""
+        wanted = json.loads(_encode(keys))
+        return [
+            copy.deepcopy(row)
+            for row in self._rows
+            if all(key in row and row[key] == value for key, value in wanted.items())
+        ]
+
+    def append(self, row: Row) -> None:
+        """Put `row` at the end. Raises RunError for a value JSON cannot hold, NaN and infinity among them."""
+        self._rows.append(json.loads(_encode(row)))
+
+
+class Journal(Rows):
     """One JSON object per line, appended and flushed to disk, never edited; one owner per
     directory.
 
@@ -29,13 +51,13 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
         self.path = pathlib.Path(path)
         self.recovered = ""
-        self._rows: list[Row] = []
         self._size = 0
         self._torn = False
         self._file = -1
-        self._lock = _own(self.path.parent)
+        self._owner = Owner(self.path.parent)
         try:
             self._file = _open(self.path)
             self._read()
@@ -63,22 +85,8 @@ class Journal:
         """Give the directory back; the rows stay on disk. Closing twice is allowed."""
         if self._file >= 0:
             os.close(self._file)
-        if self._lock >= 0:
-            os.close(self._lock)  # releases the lock; the file stays, since removing it would race
-        self._file = self._lock = -1
-
-    def rows(self) -> list[Row]:
-        """All rows in the order they were appended; copies."""
-        return copy.deepcopy(self._rows)
-
-    def find(self, **keys: Any) -> list[Row]:
-        """The rows that hold all of `keys` with equal values (tuples equal lists); copies."""
-        wanted = json.loads(_encode(keys))
-        return [
-            copy.deepcopy(row)
-            for row in self._rows
-            if all(key in row and row[key] == value for key, value in wanted.items())
-        ]
+        self._file = -1
+        self._owner.close()
 
     def append(self, row: Row) -> None:
         """Put `row` at the end of the file and wait until it is on disk.
@@ -172,40 +180,6 @@ def _parse(path: pathlib.Path, content: bytes) -> tuple[list[Row], int]:
             ) from None
         size += len(line)
     return rows, size
-
-
-def _own(directory: pathlib.Path) -> int:
-    """Lock `directory` until the descriptor returned is closed, or the process ends."""
-    path = directory / LOCK_NAME
-    lock = -1
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    except BlockingIOError:
-        owner = _owner(lock)
-        os.close(lock)
-        raise RunError(
-            f"{directory} is in use by {owner}; wait for it to end, or use another output directory"
-        ) from None
-    except OSError as error:
-        if lock >= 0:
-            os.close(lock)
-        raise RunError(
-            f"output directory {directory} cannot be used: {error.strerror or error} ({path.name})"
-        ) from None
-    return lock
-
-
-def _owner(lock: int) -> str:
-    """Who holds the lock. The owner writes its number just after locking: empty is read again."""
-    for _ in range(50):
-        held = os.pread(lock, 64, 0).decode("ascii", "replace").strip()
-        if held:
-            return f"process {held}"
-        time.sleep(0.01)
-    return "another process"
 
 
 def _open(path: pathlib.Path) -> int:

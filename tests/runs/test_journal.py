@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.errors import RunError
-from tersor.study.journal import LOCK_NAME, Journal, read_rows
+from tersor.runs.journal import Journal, Rows, read_rows
+from tersor.runs.owner import LOCK_NAME
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -149,7 +150,7 @@ def test_the_directory_is_free_again_after_a_refused_file(tmp_path):
 def test_a_lock_file_left_by_a_killed_run_does_not_lock(tmp_path):
     (tmp_path / LOCK_NAME).write_text("999999\n")
     with Journal(tmp_path / "rows.jsonl"):
-        assert (tmp_path / LOCK_NAME).read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / LOCK_NAME).read_text().split()[0] == str(os.getpid())
 
 
 def test_rows_are_read_while_another_owns_the_journal_and_a_torn_end_is_left_out(tmp_path):
@@ -170,3 +171,25 @@ def test_reading_a_missing_or_damaged_file_is_refused(tmp_path):
     path.write_bytes(b"rubbish\n{}\n")
     with pytest.raises(RunError, match="line 1: not a row"):
         read_rows(path)
+
+
+def test_an_owner_on_another_machine_is_named_with_it(tmp_path, monkeypatch):
+    import platform
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(platform, "node", lambda: "far")
+        journal = Journal(tmp_path / "rows.jsonl")
+    with journal, pytest.raises(RunError, match=f"process {os.getpid()} on far"):
+        Journal(tmp_path / "other.jsonl")
+
+
+def test_rows_in_memory_are_found_checked_and_copied_as_those_on_disk(tmp_path):
+    held = [{"kind": "a", "shape": [1, 2]}]
+    rows = Rows(held)
+    held[0]["kind"] = "changed"
+    rows.append({"kind": "b", "shape": (3,)})
+    assert rows.rows() == [{"kind": "a", "shape": [1, 2]}, {"kind": "b", "shape": [3]}]
+    assert rows.find(shape=(3,)) == [{"kind": "b", "shape": [3]}]
+    with pytest.raises(RunError, match="loss=nan"):
+        rows.append({"loss": float("nan")})
+    assert len(rows.rows()) == 2
