@@ -162,7 +162,7 @@ def _axes(
         place = x.at(tick)
         parts.append(
             f'<line class="grid" x1="{place:.2f}%" x2="{place:.2f}%" y1="100%" y2="0"/>'
-            f'<text class="x" x="{place:.2f}%" y="100%" dy="23">{text(_tick(tick, shown))}</text>'
+            f'<text class="x" x="{place:.2f}%" y="100%" dy="26">{text(_tick(tick, shown))}</text>'
         )
     if bound is not None:
         place = x.at(bound)
