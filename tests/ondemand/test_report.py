@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tersor.study.journal import read_rows
 
 import tersor
 from tersor.artifact import load
@@ -132,7 +131,8 @@ def test_the_page_is_made_again_from_its_directory_with_its_pictures(run, capsys
     assert json.loads(capsys.readouterr().out)["report"] == str(out / "report.html")
     assert (out / "report.html").read_text() == first
     (out / "report.html").unlink()
-    page = write_page(out, read_rows(out / "rows.jsonl")).read_text()
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    page = write_page(out, rows).read_text()
     assert pictures_in(page) == {} and "The pictures were in the page that the run wrote" in page
 
 

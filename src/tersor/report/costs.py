@@ -17,6 +17,7 @@ from tersor.report.told import (
     factor,
     interval_words,
     million,
+    most_points,
     ms,
     points,
 )
@@ -28,7 +29,7 @@ AXES = {
     "latency_ms": ("latency", "time of one run", ms),
     "macs": ("macs", "multiplications of an input", million),
     "energy_mj": ("energy", "energy of an input, counted", lambda value: f"{digits(value)} mJ"),
-    "drop_pt": ("drop", "points of accuracy lost", lambda value: f"{value:g} points"),
+    "drop_pt": ("drop", "points of accuracy lost", most_points),
 }
 EPSILON = 1e-9
 
@@ -43,13 +44,15 @@ def headline(told: Told) -> str:
         return (
             f"No model within the budget was found. The nearest is {smaller} and {faster}: {cost}"
         )
-    name = told.model[:1].upper() + told.model[1:]
-    return f"{name} is {smaller} and {faster}: {cost}"
+    return f"{told.model[:1].upper()}{told.model[1:]} is {smaller} and {faster}: {cost}"
 
 
 def _cost(drop: Json) -> str:
+    """What was lost, and within which limits."""
     said = points(drop["estimate_pt"]).replace("points", "points of accuracy")
-    return said if drop["labelled"] else f"{said}, as the original itself would expect"
+    said = said.replace("nothing lost", "no accuracy lost")
+    judge = "" if drop["labelled"] else " as the original would expect"
+    return f"{said}{judge} ({interval_words(drop)})"
 
 
 def highlight(told: Told) -> Highlight:

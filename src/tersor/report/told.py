@@ -6,6 +6,7 @@ import dataclasses as dc
 from collections.abc import Mapping
 from typing import Any
 
+from tersor.report.reference import TITLES
 from tersor.report.words import clean, engine_title, milliseconds, percent, times
 
 Json = Mapping[str, Any]
@@ -51,7 +52,8 @@ class Told:
     @property
     def model(self) -> str:
         """What the network is called."""
-        return clean(self.conditions.get("model") or "the network")
+        name = str(self.conditions.get("model") or "the network")
+        return clean(TITLES.get(name, name))
 
     @property
     def batch(self) -> int:
@@ -131,6 +133,11 @@ def points(value: float) -> str:
     if abs(value) < GAIN:
         return "nothing lost"
     return f"{abs(value):.2f} points {'lost' if value > 0 else 'gained'}"
+
+
+def most_points(value: float) -> str:
+    """A bound on points: "1 point", "0.5 points"."""
+    return f"{value:g} point{'' if value == 1 else 's'}"
 
 
 def end(value: float) -> str:
