@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tersor.study.journal import read_rows
+from tersor.runs import read_rows
 
 import tersor
 from tersor.artifact import load
