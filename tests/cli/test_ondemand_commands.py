@@ -29,6 +29,8 @@ def called(*arguments):
         (("--drop", "1", "--effort", "quik"), "Did you mean 'quick'"),
         (("--drop", "1", "--recipe", "r.json"), "give one of both"),
         (("--drop", "1", "--save-weights", "w.safetensors"), "--recipe"),
+        (("--recipe", "r.json", "--executor", "ray"), "trains under torchrun"),
+        (("--drop", "1", "--executor", "rya"), "unknown executor 'rya'"),
     ],
 )
 def test_words_that_mean_nothing_end_with_two_and_a_remedy(tmp_path, options, words):

@@ -64,6 +64,15 @@ def test_an_unknown_executor_is_told_before_any_work(net, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_of_several_processes_is_told_that_times_would_mean_nothing(net, tmp_path, monkeypatch):
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in meeting.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="start it without torchrun"):
+        tersor.compress(net, "digits", BUDGET, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # those of ray are not ours
 def test_a_ray_cluster_makes_the_networks(net, tmp_path, monkeypatch):

@@ -73,6 +73,8 @@ def compress(
     """
     words = {"size": size, "latency": latency, "macs": macs, "energy": energy, "drop": drop}
     if recipe is not None:
+        if executor != "local":
+            raise SpecError("--executor spreads a search; a recipe trains under torchrun")
         given = (recipe, out, weights, num_classes, save_weights, measure, output)
         return _by_recipe(words, model, data, *given)
     if save_weights is not None:
