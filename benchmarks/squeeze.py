@@ -11,6 +11,8 @@ A FORM is one of
     gzip, zstd               the int8 file of others: 8-bit codes of each output channel, gzip -9 or zstd -19
     deep=0.9,5               Deep Compression (Han 2016) by our parts: 90 % pruned, 2^5 k-means values, Huffman;
                              with deep=0.9,5,epochs=2 trained on between pruning and k-means
+    size=512KiB,network=X    the network X.pt of --networks, which pruning_finetuned.py pruned and trained with labels;
+                             its zeros stay
     published                points that were published, as such
 Other fields of tersor.Squeeze may follow a size (start=2,learning_rate=0.03). Rows are appended to --out as they
 are measured; those that are there are kept. A killed training goes on from --work, where the files stay too.
@@ -153,6 +155,7 @@ def parsed():
     parser.add_argument("--out", required=True)
     parser.add_argument("--merge", nargs="+", type=pathlib.Path, default=[], metavar="FILE")
     parser.add_argument("--work", default="squeeze_work", help="files and checkpoints")
+    parser.add_argument("--networks", type=pathlib.Path, help="where pruning_finetuned.py left them")
     parser.add_argument("--images", type=int, default=2048, help="unlabelled calibration images")
     parser.add_argument("--part", default="test", help="of the data that is judged")
     parser.add_argument("--engine", default="onnxruntime")
@@ -189,7 +192,12 @@ def make(form, module, graph, splits, options, place):
         return {"size_bytes": packed_bytes(small, kind), "file": "ONNX, 8-bit codes"}
     if kind == "deep":
         return deep_compression(form, rest, module, splits, place)
-    fields = fields_of(form)
+    fields, trained, masks = fields_of(form), 0.0, {}
+    if stem := fields.pop("network", None):
+        # written by pruning_finetuned.py, whose names end with the epochs and the seed
+        module = torch.load(options.networks / f"{stem}.pt", weights_only=False).eval()
+        masks = {n: p != 0 for n, p in module.named_parameters() if p.ndim > 1}
+        trained = float(stem.split("-")[-2])
     request = tersor.Squeeze(**{"num_calibration": options.images, "seed": options.seed} | fields)
     provenance = {"model": options.model, "data": splits.name}
     checkpoint = place.with_suffix(".checkpoint")
@@ -198,6 +206,7 @@ def make(form, module, graph, splits, options, place):
         splits,
         request,
         provenance=provenance,
+        masks=masks,
         checkpoint=checkpoint,
         told=lambda words, share: print(f"  {share:4.0%} {words}", flush=True),
         on_progress=spoken(),
@@ -213,8 +222,8 @@ def make(form, module, graph, splits, options, place):
         "size_bytes": size,
         "code_bytes": codes,
         "price": found.price,
-        "epochs": request.epochs,
-        "labels": request.epochs > 0 and request.distill < 1,
+        "epochs": request.epochs + trained,
+        "labels": trained > 0 or (request.epochs > 0 and request.distill < 1),
         "training_s": round(found.trained.seconds, 1) if found.trained else 0.0,
         "sparsity": layers,
     }
@@ -222,7 +231,7 @@ def make(form, module, graph, splits, options, place):
 
 def fields_of(form):
     """The fields of a Squeeze in "size=500kB,epochs=20"."""
-    kinds = {field.name: field.type for field in dc.fields(tersor.Squeeze)}
+    kinds = {field.name: field.type for field in dc.fields(tersor.Squeeze)} | {"network": "str"}
     read = {"str": str, "float": float, "int": int}
     pairs = (part.split("=") for part in form.split(","))
     return {name: read[kinds[name]](value) for name, value in pairs}

@@ -197,12 +197,12 @@ class SizeControl(nn.Module):
             rows = codes.reshape(len(codes), -1)
             told += fit_rates(rows, positions_of(codes)).bits(rows).sum(dtype=np.float64) / 8
             found += coded_bytes(codes)
-        self.ratio = found / max(told, 1.0)
+        self.ratio = float(found / max(told, 1.0))
         return int(found)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed training needs."""
-        return {"price": self.price, "ratio": self.ratio, "looks": self.looks}
+        return {"price": float(self.price), "ratio": float(self.ratio), "looks": self.looks}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from `get_extra_state`."""

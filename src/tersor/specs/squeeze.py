@@ -98,7 +98,8 @@ class Squeeze(Spec, kind="squeeze"):
             weight_decay=5e-4,
             label_smoothing=0.0,
             warmup=0.1,
-            ema_decay=0.998,
+            # A mean of weights whose codes go back and forth has other codes, and answers worse (measured).
+            ema_decay=0.0,
             augment=self.augment,
             distill=self.distill,
             precision=self.precision,
