@@ -335,13 +335,16 @@ SERIES = (
         lambda r: piece_name(r) and not r["epochs"],
     ),
     ("trained with the size in it", "#15803d", "s-", lambda r: piece_name(r) and r["epochs"]),
-    ("Deep Compression's recipe", "#b45309", "^", lambda r: r["form"].startswith("deep")),
+    ("Deep Compression, no training", "#b45309", "v", lambda r: is_deep(r) and not r["epochs"]),
+    ("Deep Compression, trained", "#7c2d12", "^", lambda r: is_deep(r) and r["epochs"]),
     ("8-bit codes in gzip or zstd", "#6b7280", "X", lambda r: r["form"] in ("gzip", "zstd")),
 )
-SHOWN_LOSSES = (
-    0.2,
-    0.5,
-)  # points: our smallest files that lose no more stand beside the published ones
+# Points: our smallest files that lose no more stand beside the published ones.
+SHOWN_LOSSES = (0.2, 0.5)
+
+
+def is_deep(row):
+    return row["form"].startswith("deep")
 
 
 def pyplot_words():
@@ -367,7 +370,7 @@ def drawn(told):
         label: mark for marks, labels in pairs for mark, label in zip(marks, labels, strict=True)
     }
     upper.legend(
-        found.values(), found.keys(), fontsize=8, loc="outside upper center", ncols=4, frameon=False
+        found.values(), found.keys(), fontsize=8, loc="outside upper center", ncols=5, frameon=False
     )
     draw_points(points, lower.subplots())
     return figure

@@ -102,6 +102,7 @@ def test_the_figure_shows_every_row_and_every_published_size_legibly(told):
         row(told, "resnet18", "zstd", 9_000_000, 0.0),
         row(told, "vgg16_bn", "size=1,epochs=9", 76_000, 0.1, epochs=9.0),
         row(told, "vgg16_bn", "deep=0.9,5", 9_000_000, 40.0),
+        row(told, "vgg16_bn", "deep=0.9,5,epochs=2", 8_000_000, 0.2, epochs=2.0),
     ]
     figure = squeeze.drawn({**told, "rows": rows})
     FigureCanvasAgg(figure).draw()
