@@ -48,6 +48,7 @@ def main():
         activity(rows_of("activity.json")),
         coding(rows_of("coding.json")),
         squeezed(rows_of("squeeze.json")),
+        on_demand(rows_of("on_demand.json")),
         coverage(rows_of("coverage_torchvision.json")),
     ]
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(parts))
@@ -517,6 +518,56 @@ def published(told):
 
 def beside(held, other):
     return "–" if other is None else f"{held['ours'] / other - 1:+.1%}".replace("-", "−")
+
+
+def on_demand(told):
+    """Budgets asked, and their answers measured again."""
+    lines = []
+    for row in told["rows"]:
+        held = row.get("asked_and_told", {})
+        asked = ", ".join(f"{k} {v}" for k, v in row.get("budget", {}).items())
+        faster = row["times_faster"]
+        lines.append(
+            [
+                NAMES.get(row["model"], row["model"]),
+                row.get("effort", "by hand"),
+                asked or row.get("network", ""),
+                {True: "yes", False: "no"}.get(held.get("met"), "–"),
+                f"{row['smaller']:.1f}",
+                *(
+                    f"{faster[batch][name]:.1f}"
+                    for name in ("over_eager", "over_int8")
+                    for batch in ("1", "64")
+                ),
+                change(row),
+                f"{row['seconds']:,.0f}" if held else "–",
+            ]
+        )
+    first = told["rows"][0]
+    return (
+        "## On demand\n\n"
+        f"{first['data']}, n = {first['num_samples']:,} test images that no search saw; no labels; difference to the "
+        f"float network in points with its paired 95 % interval. {first['threads']} threads; times faster, of medians "
+        "interleaved in one process, than PyTorch's eager float32 and than the float network's plain static int8, each "
+        "on its fastest engine, at batch 1 and 64. Times smaller is against the float weights. "
+        f"{where(first)}.\n\n"
+        + table(
+            [
+                "network",
+                "effort",
+                "asked",
+                "met",
+                "times smaller",
+                "over eager, 1",
+                "64",
+                "over int8, 1",
+                "64",
+                "difference",
+                "seconds",
+            ],
+            lines,
+        )
+    )
 
 
 def low_rank(told):

@@ -52,7 +52,14 @@ def test_an_answer_is_one_json_object_and_says_how_to_go_on(tmp_path, monkeypatc
     assert code == 0 and told["path"] == str(out / "model.tersor")
     assert told["size_bytes"] == (out / "model.tersor").stat().st_size
     assert told["drop"]["labelled"] and told["front"]
-    for words in ("serve it", "tersor evaluate", "tersor export", "x faster than PyTorch"):
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+    for words in (
+        f"report: {out / 'report.html'}",
+        "serve it",
+        "tersor evaluate",
+        "tersor export",
+        "x faster than PyTorch",
+    ):
         assert words in err
 
 

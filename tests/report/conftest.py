@@ -2,13 +2,13 @@
 
 import contextlib
 import copy
-import fcntl
 import io
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -459,6 +459,16 @@ def make_told():
     return made
 
 
+# The browser looks for its ends of the pipes at 3 and 4; first they go out of each other's way.
+ENDS = """
+import fcntl, os, sys
+reads, writes = (fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 class Chromium:
     """A headless browser that is told what to do over pipes, in the DevTools protocol (JSON, NUL between messages)."""
 
@@ -466,28 +476,17 @@ class Chromium:
         reads, self.written = os.pipe()
         self.read, writes = os.pipe()
 
-        def ends():  # the browser looks for them at 3 and 4; first out of each other's way
-            high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (reads, writes)]
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
         options = [
             "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
             "--disable-background-networking", "--disable-component-update", "--disable-quic",
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            [
-                path,
-                *options,
-                "--remote-debugging-pipe",
-                f"--user-data-dir={profile}",
-                "about:blank",
-            ],
-            preexec_fn=ends,
-            close_fds=False,
+            [sys.executable, "-c", ENDS, str(reads), str(writes), path, *options,
+             "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(reads, writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )
+        )  # fmt: skip
         os.close(reads)
         os.close(writes)
         self.number, self.held, self.events, self.session = 0, b"", [], None

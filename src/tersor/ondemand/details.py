@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -196,7 +197,7 @@ def _energy(
     eager = open_session(original.module, engine="torch", threads=original.threads)
     measured = {
         name: energy.measured_energy(
-            lambda run=run: run(images), original.batch, seconds=ENERGY_SECONDS
+            functools.partial(run, images), original.batch, seconds=ENERGY_SECONDS
         )
         for name, run in (("original", eager.run), ("compressed", session.run))
     }

@@ -9,15 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from tersor.engines.load import available_cpus
+from tersor.engines.load import available_cpus, first_line
 from tersor.engines.onnxruntime import inference_session
+from tersor.errors import EngineError
 from tersor.graph.constants import constant_values
 from tersor.graph.layers import graph_layers, read_by_layers
 from tersor.methods.calibrate import with_outputs
 
 FloatArray = npt.NDArray[np.float32]
 BINS = 48
-IMAGES, CHUNK = 32, 8
+IMAGES, CHUNK = 16, 8
 SAMPLED = 2**16  # values of a layer's inputs in a chunk
 MOST_LAYERS = 128  # whose histograms are kept
 
@@ -77,7 +78,10 @@ class _Values:
     def _run(self) -> None:
         for start in range(0, len(self.images), CHUNK):
             chunk = np.ascontiguousarray(self.images[start : start + CHUNK])
-            made = self.session.run(self.inner, {self.image: chunk}) if self.inner else []
+            try:
+                made = self.session.run(self.inner, {self.image: chunk}) if self.inner else []
+            except Exception as error:  # the library's exceptions have no common class
+                raise EngineError(f"values inside of the graph: {first_line(error)}") from None
             found = {self.image: chunk, **dict(zip(self.inner, made, strict=True))}
             for layer, name in self.names.items():
                 # A part of a large map tells its spread as well; an odd step meets every column.

@@ -45,8 +45,8 @@ def changed_words(held: Json) -> str:
     """The counts in a sentence."""
     whole, number = held["num_samples"], held["num_changed"]
     said = (
-        f"{number:,} of {count(whole, 'held-out input')} ({percent(number / max(whole, 1), 1)} %) get another answer than "
-        "from the original"
+        f"{number:,} of {count(whole, 'held-out input')} ({percent(number / max(whole, 1), 1)} %) get another answer "
+        "than from the original"
     )
     if not number or held["unknown"]:
         return f"{said}."

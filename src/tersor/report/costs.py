@@ -17,6 +17,7 @@ from tersor.report.told import (
     factor,
     interval_words,
     million,
+    most_points,
     ms,
     points,
 )
@@ -28,7 +29,7 @@ AXES = {
     "latency_ms": ("latency", "time of one run", ms),
     "macs": ("macs", "multiplications of an input", million),
     "energy_mj": ("energy", "energy of an input, counted", lambda value: f"{digits(value)} mJ"),
-    "drop_pt": ("drop", "points of accuracy lost", lambda value: f"{digits(value)} points"),
+    "drop_pt": ("drop", "points of accuracy lost", most_points),
 }
 EPSILON = 1e-9
 
@@ -43,23 +44,25 @@ def headline(told: Told) -> str:
         return (
             f"No model within the budget was found. The nearest is {smaller} and {faster}: {cost}"
         )
-    name = told.model[:1].upper() + told.model[1:]
-    return f"{name} is {smaller} and {faster}: {cost}"
+    return f"{told.model[:1].upper()}{told.model[1:]} is {smaller} and {faster}: {cost}"
 
 
 def _cost(drop: Json) -> str:
+    """What was lost, and within which limits."""
     said = points(drop["estimate_pt"]).replace("points", "points of accuracy")
-    return said if drop["labelled"] else f"{said}, as the original itself would expect"
+    said = said.replace("nothing lost", "no accuracy lost")
+    judge = "" if drop["labelled"] else " as the original would expect"
+    return f"{said}{judge} ({interval_words(drop)})"
 
 
 def highlight(told: Told) -> Highlight:
     """The figures large, and what they mean below."""
     result, drop = told.result, told.result["drop"]
-    original = result["original"]
+    before = result["original"]["size_bytes"]
     facts = (
         (
             f"{times(result['smaller'])}×",
-            f"smaller: {decimal(original['size_bytes'])} to {decimal(result['size_bytes'])}",
+            f"smaller: {decimal(before)} to {decimal(result['size_bytes'])}",
         ),
         (
             f"{times(result['speedup'])}×",
@@ -89,7 +92,8 @@ def _sentences(told: Told) -> list[str]:
         what = AXES[result["axis"]][1]
         said.insert(
             0,
-            f"What binds is the {what}, at layer {clean(result['layer'])}: raise that bound, or take more effort.",
+            f"What binds is the {what}, at layer {clean(result['layer'])}: raise that bound, or take "
+            "more effort.",
         )
     path = clean(str(result["path"])).replace("\\", "/").rsplit("/", 1)[-1]
     said.append(
@@ -198,10 +202,11 @@ def _budget_notes(told: Told) -> tuple[str, ...]:
         limit = told.result["limits"]["drop_pt"]
         if drop["labelled"]:
             said = "With labels the budget is held against the measured difference"
-            if -drop["interval"]["low_pt"] > limit:
-                said += f"; its interval reaches {end(-drop['interval']['low_pt'])}, past the bound: more labelled inputs would tell"
+            most = -drop["interval"]["low_pt"]
+            if most > limit:
+                said += f"; its interval reaches {end(most)}, past the bound: more labelled inputs would tell"
         elif told.conditions.get("by_estimate"):
-            said = "So few inputs cannot show the bound to be kept: the estimate is held against it, not its upper limit"
+            said = "So few inputs cannot show the bound to be kept: the estimate is held against it, not its limit"
         else:
             said = "Without labels the budget is held against the upper 95 % limit"
         notes.append(f"{said}.")
@@ -299,8 +304,8 @@ def _measured_words(held: Json) -> str:
     if before is None or after is None:
         return f"Not measured: {clean(held['not_measured'])}."
     return (
-        f"Measured by the processor's counters (RAPL, the whole package with all that ran beside): {digits(before)} mJ an "
-        f"input before, {digits(after)} mJ now, {factor(before, after, 'less', 'more')}."
+        f"Measured by the processor's counters (RAPL, the whole package with all that ran beside): {digits(before)} mJ "
+        f"an input before, {digits(after)} mJ now, {factor(before, after, 'less', 'more')}."
     )
 
 

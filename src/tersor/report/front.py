@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from tersor.report.document import Column, Table
 from tersor.report.page import table_html, text
 from tersor.report.scales import Scale, bent, logarithmic
-from tersor.report.told import Json, Told, decimal, digits, ms, points
+from tersor.report.told import Json, Told, decimal, most_points, ms, points
 from tersor.report.words import NONE, percent
 
 ANSWER, MEASURED, PREDICTED, ORIGINAL = "answer", "measured", "predicted", "original"
@@ -139,7 +139,7 @@ def _bound_words(bound: float | None, most: float | None, shown: Callable[[float
     if bound is not None:
         parts.append(f"at most {shown(bound)}")
     if most is not None:
-        parts.append(f"at most {digits(most)} points lost")
+        parts.append(f"at most {most_points(most)} lost")
     return f"Asked: {' and '.join(parts)}." if parts else "The budget sets no bound here."
 
 
@@ -162,7 +162,7 @@ def _axes(
         place = x.at(tick)
         parts.append(
             f'<line class="grid" x1="{place:.2f}%" x2="{place:.2f}%" y1="100%" y2="0"/>'
-            f'<text class="x" x="{place:.2f}%" y="100%" dy="18">{text(_tick(tick, shown))}</text>'
+            f'<text class="x" x="{place:.2f}%" y="100%" dy="26">{text(_tick(tick, shown))}</text>'
         )
     if bound is not None:
         place = x.at(bound)
@@ -176,7 +176,7 @@ def _axes(
         place = 100 - y.at(most)
         parts.append(
             f'<line class="bound" x1="0" x2="100%" y1="{place:.2f}%" y2="{place:.2f}%"/>'
-            f'<text class="bound end" x="100%" dx="-4" y="{place:.2f}%" dy="-6">≤ {digits(most)} lost</text>'
+            f'<text class="bound end" x="100%" dx="-4" y="{place:.2f}%" dy="-6">≤ {most:g} lost</text>'
         )
     return "".join(parts) + "</svg>"
 

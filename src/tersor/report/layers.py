@@ -6,15 +6,15 @@ import dataclasses as dc
 from collections.abc import Callable, Sequence
 
 from tersor.report.document import Column, Table
-from tersor.report.page import text
+from tersor.report.page import breakable, text
 from tersor.report.told import Json, Told, decimal, digits, ms
 from tersor.report.words import MISSING, NONE, clean, count, percent
 
 TALL = 30  # layers above which the table scrolls inside its own height
 ACTIONS = {
-    "int8": "whole numbers, computed in integers",
-    "dynamic": "whole numbers, inputs coded at run time",
-    "weight_only": "whole numbers, computed in float",
+    "int8": "computed in integers",
+    "dynamic": "in integers, inputs coded at run time",
+    "weight_only": "computed in float",
     "prune": "weights set to zero",
     "remove": "channels removed",
     "bypass": "left out whole",
@@ -44,7 +44,7 @@ def layers_html(told: Told) -> str:
     tops = [m.most or max((m.value(row) or 0.0 for row in rows), default=0.0) for m in measures]
     heads = "".join(f'<th scope="col">{text(m.head)}</th>' for m in measures)
     body = "\n".join(
-        f'<tr><th scope="row">{text(row["layer"])}</th>'
+        f'<tr><th scope="row">{breakable(row["layer"])}</th>'
         + "".join(_cell(m, row, top) for m, top in zip(measures, tops, strict=True))
         + "</tr>"
         for row in rows
@@ -114,17 +114,18 @@ def _time_note(told: Told, rows: Sequence[Json]) -> str:
     known = [row for row in rows if row["time_ms"] is not None]
     now = sum(row["time_ms"] for row in known)
     before = sum(row["time_before_ms"] or 0.0 for row in known)
+    whole = ms(told.result["latency_ms"])
     return (
-        f"Time alone: the layer by itself as an integer kernel of ONNX Runtime, {count(told.batch, 'input')}; the sum is "
-        f"{ms(now)} now and {ms(before)} at full width. The whole on {told.engine} takes {ms(told.result['latency_ms'])}: "
+        f"Time alone: the layer by itself as an integer kernel of ONNX Runtime, {count(told.batch, 'input')}; the sum "
+        f"is {ms(now)} now and {ms(before)} at full width. The whole on {told.engine} takes {whole}: "
         "engines merge layers, so the two need not agree."
     )
 
 
 def _harm_note(tried: int) -> str:
     return (
-        f"Harm: how far the network's answers move (KL divergence) when this layer alone is rounded to {tried} bits; the "
-        "longer the bar, the more bits it needs."
+        f"Harm: how far the network's answers move (KL divergence) when this layer alone is rounded to {tried} bits; "
+        "the longer the bar, the more bits it needs."
     )
 
 
@@ -173,7 +174,7 @@ def _done(each: Json) -> str:
     words = ACTIONS.get(each["action"], clean(each["action"]))
     if each["action"] == "keep":
         return f"{words}, float32"
-    return f"{each['bits']} bits: {words}" if each["bits"] < 32 else words
+    return f"{each['bits']} bits, {words}" if each["bits"] < 32 else words
 
 
 def _channels(each: Json | None, row: Json | None) -> str:

@@ -14,7 +14,7 @@ from tersor.report.layers import coverage_table, layers_html, request_table
 from tersor.report.ondemand_style import ONDEMAND_STYLE
 from tersor.report.page import POLICY, card, contents_html, shell, table_html, text
 from tersor.report.spread import spread_html
-from tersor.report.told import Told, digits, ms
+from tersor.report.told import Told, ms
 from tersor.report.words import NONE, clean, count, engine_title
 
 __all__ = ["Told", "ondemand_page", "pictures_in"]
@@ -53,9 +53,9 @@ PARTS = (
     Part(
         "spread",
         "Weights and activations",
-        "How the values of a layer are spread before and after: its weights, and what it reads. Heights are square roots of shares, so that "
-        "what is rare can be seen; fewer bits leave fewer different values. Shown are the layers of the fewest bits that "
-        "matter most.",
+        "How the values of a layer are spread before and after: its weights, and what it reads. Heights are square "
+        "roots of shares, so that what is rare can be seen; fewer bits leave fewer different values. Shown are the "
+        "layers of the fewest bits that matter most.",
         spread_html,
         "histograms",
     ),
@@ -83,7 +83,8 @@ def ondemand_page(told: Told) -> str:
 </section>
 {contents_html([("result", "The budget"), *((part.key, part.title) for part in PARTS)])}
 <section aria-labelledby="result"><h2 id="result">The budget, and what was reached</h2>
-{_notes(told)}<div class="pair"><div>{table_html(budget_table(told))}</div><div>{table_html(costs_table(told))}</div></div>
+{_notes(told)}<div class="pair"><div>{table_html(budget_table(told))}</div>
+<div>{table_html(costs_table(told))}</div></div>
 </section>
 {sections}"""
     return shell(
@@ -138,7 +139,9 @@ def _measured(told: Told) -> str:
 def _conditions(told: Told) -> Iterator[tuple[str, str]]:
     """How it was measured, line by line."""
     result, held = told.result, told.conditions
-    around = result["environment"]
+    around = told.first.get(
+        "environment", result["environment"]
+    )  # engines may bind the process to cores
     asked = told.first.get("budget", {})
     effort = held.get("effort") or told.first.get("effort") or {}
     shape = " × ".join(str(side) for side in result["input_shape"])
@@ -156,16 +159,17 @@ def _conditions(told: Told) -> Iterator[tuple[str, str]]:
     yield "threads", str(held.get("threads") or asked.get("threads") or "all")
     yield "engine", told.engine
     if effort:
+        used = f"{result['seconds']:,.0f} s were used"
         yield (
             "effort",
-            f"{clean(effort['name'])}, {digits(effort['minutes'])} minutes; {result['seconds']:,.0f} s were used",
+            f"{clean(effort['name'])}, {effort['minutes']:g} minutes; {used}",
         )
     if told.float_engine_ms is not None:
         yield "float32 on ONNX Runtime", ms(told.float_engine_ms)
     if held:
         yield (
             "timing",
-            f"medians; original and model in turns, {digits(held['timing_seconds'])} s together, after a warm-up",
+            f"medians; original and model in turns, {held['timing_seconds']:g} s together, after a warm-up",
         )
         if held["folded"]:
             yield "folded exactly", ", ".join(map(clean, held["folded"]))

@@ -39,9 +39,9 @@ h3 { font-size: 1.02rem; font-weight: 600; margin: 2rem 0 0.7rem; overflow-wrap:
 .mark.original { fill: var(--ground); stroke: var(--ink); }
 .front { max-width: 38rem; }
 .front figcaption { margin: 0 0 0.6rem; min-height: 3.4rem; }
-.plot { position: relative; border: 0; margin: 0; padding: 2.6rem 0.9rem 7.2rem 3rem; min-width: 0; }
+.plot { position: relative; border: 0; margin: 0; padding: 2.6rem 0.9rem 7.4rem 3rem; min-width: 0; }
 .plot .y-title { position: absolute; left: 0; top: 0; }
-.plot .x-title { position: absolute; left: 3rem; right: 0.9rem; bottom: 4.4rem; text-align: center; }
+.plot .x-title { position: absolute; left: 3rem; right: 0.9rem; bottom: 4.15rem; text-align: center; }
 .plot .y-title, .plot .x-title { font-size: 0.8125rem; color: var(--quiet); }
 .area { position: relative; height: 19rem; }
 .area > svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
@@ -63,7 +63,7 @@ h3 { font-size: 1.02rem; font-weight: 600; margin: 2rem 0 0.7rem; overflow-wrap:
 .area label:hover .at { background: var(--tint); }
 .area input:checked + .at { box-shadow: 0 0 0 2px var(--ink); }
 .area input:focus-visible + .at { outline: 3px solid var(--accent); outline-offset: 2px; }
-.area .tip { position: absolute; left: -2.6rem; right: 0; top: calc(100% + 2.9rem); visibility: hidden;
+.area .tip { position: absolute; left: -2.6rem; right: 0; top: calc(100% + 3.2rem); visibility: hidden;
   font-size: 0.84rem; line-height: 1.4; padding: 0.45rem 0.7rem; background: var(--panel);
   border-left: 3px solid var(--accent); min-height: 4rem; }
 .area input:checked ~ .tip { visibility: visible; }
@@ -115,10 +115,11 @@ span.thumb { display: none; }
 .bar .value { font-variant-numeric: tabular-nums; white-space: nowrap; }
 @media (max-width: 40rem) {
   .plot { padding-left: 2.2rem; padding-right: 0.4rem; padding-bottom: 8.4rem; }
-  .plot .x-title { left: 2.2rem; right: 0.4rem; bottom: 5.6rem; }
+  .plot .x-title { left: 2.2rem; right: 0.4rem; bottom: 5.1rem; }
   .area { height: 16rem; }
   .area .tip { left: -2.2rem; min-height: 5.2rem; }
   .front figcaption { min-height: 0; }
+  tbody th, tbody th.short { min-width: 8.4rem; }
   .layers tbody th { white-space: normal; overflow: visible; }
 }
 @media print {

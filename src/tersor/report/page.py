@@ -187,3 +187,8 @@ def text(words: str) -> str:
     """Plain `words` as HTML: escaped, in one line, without characters that reverse what follows."""
     # A number and its unit stay on one line.
     return UNIT.sub("\u00a0", escape(clean(words), quote=True))
+
+
+def breakable(name: str) -> str:
+    """A dotted name as HTML that may be broken after its dots."""
+    return text(name).replace(".", ".<wbr>")

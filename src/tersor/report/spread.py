@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tersor.report.page import text
+from tersor.report.page import breakable, text
 from tersor.report.told import Json, Told, digits
 from tersor.report.words import count
 
@@ -49,7 +49,7 @@ def _figure(row: Json, number: int) -> str:
     key = f"spread-{number}"
     parts = [_chart(row[side], words, row["layer"]) for side, words in SIDES.items() if side in row]
     return (
-        f'<figure class="spread" tabindex="0" aria-labelledby="{key}"><figcaption id="{key}">{text(row["layer"])}'
+        f'<figure class="spread" tabindex="0" aria-labelledby="{key}"><figcaption id="{key}">{breakable(row["layer"])}'
         f"</figcaption>{''.join(parts)}</figure>"
     )
 

@@ -1,4 +1,4 @@
-"""The answer to a budget as a report reads it: JSON objects with their units in the names, and words for its numbers."""
+"""The answer to a budget as a report reads it: JSON objects with units in their names, and words for numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses as dc
 from collections.abc import Mapping
 from typing import Any
 
+from tersor.report.reference import TITLES
 from tersor.report.words import clean, engine_title, milliseconds, percent, times
 
 Json = Mapping[str, Any]
@@ -51,7 +52,8 @@ class Told:
     @property
     def model(self) -> str:
         """What the network is called."""
-        return clean(self.conditions.get("model") or "the network")
+        name = str(self.conditions.get("model") or "the network")
+        return clean(TITLES.get(name, name))
 
     @property
     def batch(self) -> int:
@@ -92,18 +94,22 @@ def decimal(size_bytes: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, none after the point of large numbers: "0.0123", "1.36", "16.3", "1,240"."""
-    if abs(value) >= 99.95:
+    """Three digits, none after the point of large numbers: "0.0123", "1.36", "16.3", "1,240", "−0.5"."""
+    if value < 0:
+        return f"−{digits(-value)}"
+    if value >= 99.95:
         return f"{value:,.0f}"
-    if abs(value) >= 9.995:
+    if value >= 9.995:
         return f"{value:.1f}"
-    return f"{value:.2f}" if abs(value) >= 0.995 or value == 0 else f"{value:.3g}"
+    return f"{value:.2f}" if value >= 0.995 or value == 0 else f"{value:.3g}"
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds with their unit; microseconds for what is short."""
+    """Milliseconds with their unit; microseconds for what is short, seconds for what is long."""
     if value is None:
         return milliseconds(None)
+    if value >= 999.5:
+        return f"{digits(value / 1000)} s"
     return f"{digits(1000 * value)} µs" if value < 0.0995 else f"{digits(value)} ms"
 
 
@@ -127,6 +133,11 @@ def points(value: float) -> str:
     if abs(value) < GAIN:
         return "nothing lost"
     return f"{abs(value):.2f} points {'lost' if value > 0 else 'gained'}"
+
+
+def most_points(value: float) -> str:
+    """A bound on points: "1 point", "0.5 points"."""
+    return f"{value:g} point{'' if value == 1 else 's'}"
 
 
 def end(value: float) -> str:
