@@ -17,7 +17,7 @@ from torch import nn
 from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.graph.constants import Array
-from tersor.methods.checkpoint import read_state_, state_bytes, write_state
+from tersor.methods.checkpoint import read_state_, remove_checkpoints, state_bytes, write_state
 from tersor.methods.finetune import Progress, finetune
 from tersor.methods.restore import restructured, unheld
 from tersor.methods.squeezing import squeeze
@@ -181,8 +181,7 @@ def _kept(
         made.append(make(place / CHECKPOINT))
         network, plan = made[0]
         write_state(place / STATE, state_bytes(network))
-        for checkpoint in place.glob(f"{CHECKPOINT}*"):
-            checkpoint.unlink()
+        remove_checkpoints(place)
         return None if plan is None else plan.to_dict()
 
     together = isinstance(steps[-1], Finetune)

@@ -33,7 +33,8 @@ def open_regular(path: pathlib.Path) -> Iterator[tuple[FileIO, int]]:
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; a .tersor file is expected") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise ArtifactError(f"{path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path} cannot be read: {reason}") from None
     except MemoryError:
         raise ArtifactError(f"{path} needs more memory than there is") from None
 

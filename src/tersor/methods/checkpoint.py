@@ -12,6 +12,7 @@ from torch import nn
 
 from tersor.artifact.storage import write_whole
 from tersor.errors import RunError
+from tersor.runs.directory import CHECKPOINT
 from tersor.specs import Finetune
 
 ANEW = "remove it to start anew"
@@ -43,6 +44,17 @@ def read_state_(path: pathlib.Path, module: nn.Module) -> None:
         module.load_state_dict(torch.load(path, weights_only=True))
     except Exception as error:
         raise RunError(f"{path} cannot be read ({error}); {ANEW}") from None
+
+
+def remove_checkpoints(place: pathlib.Path) -> None:
+    """Remove the checkpoints of a step that is done from its directory. Raises RunError."""
+    for path in place.glob(f"{CHECKPOINT}*"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be removed ({error.strerror or error}); run again to go on"
+            ) from None
 
 
 def found_bytes(path: pathlib.Path) -> bytes | None:

@@ -20,7 +20,7 @@ from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
-from tersor.methods.checkpoint import read_state_, state_bytes, write_state
+from tersor.methods.checkpoint import read_state_, remove_checkpoints, state_bytes, write_state
 from tersor.methods.finetune import finetune
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.restore import restructured
@@ -90,7 +90,7 @@ def network(original: Original, wanted: Wanted, kept: Kept, watch: Watch) -> Net
     def make(place: pathlib.Path) -> dict[str, float]:
         made.append(_network(original, wanted, place / CHECKPOINT, kept, watch))
         write_state(place / STATE, state_bytes(made[0].module))
-        (place / CHECKPOINT).unlink(missing_ok=True)
+        remove_checkpoints(place)
         return _told(made[0])
 
     told, place = kept.piece(NETWORK, wanted.request, make)
