@@ -155,7 +155,9 @@ def parsed():
     parser.add_argument("--out", required=True)
     parser.add_argument("--merge", nargs="+", type=pathlib.Path, default=[], metavar="FILE")
     parser.add_argument("--work", default="squeeze_work", help="files and checkpoints")
-    parser.add_argument("--networks", type=pathlib.Path, help="where pruning_finetuned.py left them")
+    parser.add_argument(
+        "--networks", type=pathlib.Path, help="where pruning_finetuned.py left them"
+    )
     parser.add_argument("--images", type=int, default=2048, help="unlabelled calibration images")
     parser.add_argument("--part", default="test", help="of the data that is judged")
     parser.add_argument("--engine", default="onnxruntime")

@@ -79,6 +79,8 @@ class Family:
 
     whole, least_share = 1000, 0.45
 
+    unseen = 0.0
+
     def __init__(self, *given, harms=None, **options):
         made.append("channels") if harms is None else None
         self.harms = {"g": ([0, 4], [0.0, 0.01])}

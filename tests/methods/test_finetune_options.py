@@ -578,7 +578,8 @@ def test_the_command_ends_with_130_and_goes_on_where_it_was(tmp_path, interrupts
     command += ["--epochs", "0.5", "--batch-size", "64", "--compile", "off"]
     assert main(command) == 130
     assert "interrupted; finished work is kept" in capsys.readouterr().err
-    assert torch.load(out.with_suffix(".checkpoint"), weights_only=True)["state"]["step"] == 6
+    (kept,) = out.with_name(f"{out.name}.steps").rglob("checkpoint*")
+    assert torch.load(kept, weights_only=True)["state"]["step"] == 6
     interrupts[0] = 0
     assert main(command) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.json", "net.safetensors"]

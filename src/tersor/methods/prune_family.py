@@ -29,6 +29,7 @@ from tersor.tensors.unit_criteria import UNIT_CRITERIA
 
 FloatArray = npt.NDArray[np.float32]
 TRIED = (0.25, 0.5, 0.75)  # shares of a group removed in its trials
+UNSEEN_SHARE = 0.25  # of what the images' own statistics change
 WIDEST_MULTIPLE = 16  # channels that integer kernels take at a time
 # By group: numbers of units that were removed in trials, and the harm of each.
 Harms = Mapping[str, tuple[list[int], list[float]]]
@@ -134,6 +135,11 @@ class ChannelFamily:
         return self.trials.harm_(
             removed(self.module, lines_of(self.module, self.found.kept(units)))
         )
+
+    @property
+    def unseen(self) -> float:
+        """Harms (nats) below this are not told from none: batch norms on the images' own statistics change more."""
+        return UNSEEN_SHARE * self.trials.offset
 
     def macs(self, units: Units) -> int:
         """Multiplications of one run on the example."""

@@ -28,7 +28,6 @@ NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of th
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
 # training; corrected by the first candidate.
 FITTED, TRAINED = 0.4, 0.15
-RESOLUTION = 0.25  # of what the images' own statistics change: harms of channels below that are not seen
 RATED = 0.4  # of the harm of bits by layer, where codes are chosen by rate and distortion at as many bytes
 STATIC, FLOAT = "static", "weight_only"  # modes: integers, or codes that are computed with in float
 FLOAT_MAY_WIN = 1.5  # times the integers' latency
@@ -92,7 +91,7 @@ class Predictor:
             units = self.family.units(share)
             harm = self.family.harm(units)
             if any(len(held) for held in units.values()):
-                harm = max(harm, RESOLUTION * self.family.trials.offset)
+                harm = max(harm, self.family.unseen)
             self._units[share] = units, harm
         return self._units[share]
 
