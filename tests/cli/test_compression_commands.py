@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+import pathlib
+import re
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -180,3 +183,25 @@ def test_stripes_are_small_in_the_file_and_left_out_where_that_is_faster(
     for name in told:  # scaled by the folded norms, zeros at the same places
         held, original = (n.get_submodule(name).weight for n in (back, network))
         assert torch.equal(held != 0, original != 0)
+
+
+def test_the_recipe_of_the_page_on_squeezing_runs_and_its_zeros_stay(tmp_path):
+    """Its squeeze asks for more calibration images than other steps; all are loaded."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "squeezing.md").read_text()
+    recipe = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL).group(1))
+    prune, _, squeeze = recipe["steps"]
+    squeeze["size"] = "30kB"
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    out = tmp_path / "net.tersor"
+    code, told = called(
+        "compress", "digits_net", "--data", "digits", "--recipe", tmp_path / "recipe.json",
+        "--out", out, "--json",
+    )  # fmt: skip
+    assert code == 0 and told["size_bytes"] == out.stat().st_size <= 30_000
+    codes = [
+        onnx.numpy_helper.to_array(held)
+        for held in load(out).to_onnx().graph.initializer
+        if held.name.endswith("_quantized")
+    ]
+    zeros = sum(int((each == 0).sum()) for each in codes) / sum(each.size for each in codes)
+    assert zeros >= prune["sparsity"] - 0.01

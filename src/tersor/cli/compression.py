@@ -170,6 +170,9 @@ def _recovering(change: Callable[..., Compressed], recovery: Recovery, seed: int
     return make
 
 
+CALIBRATION_IMAGES = 512  # where no step wants more
+
+
 @dc.dataclass(frozen=True)
 class _Task:
     """What all commands here do around the change itself: load, and write and tell what came of it."""
@@ -198,7 +201,8 @@ class _Task:
             self.model, weights=self.weights, num_classes=self.num_classes, seed=self.seed
         )
         module = subject.need_module("changing a network")
-        splits = load_data(self.data)
+        wanted = max([0, *(getattr(step, "num_calibration", 0) for step in request.steps)])
+        splits = load_data(self.data, num_calibration=max(CALIBRATION_IMAGES, wanted))
         asked = {"recipe": request.to_dict(), "options": options, "seed": self.seed}
         with keeping(target, self.model, splits, {"weights": module}, **asked) as run:
             with watching() as watch:
