@@ -69,3 +69,14 @@ def test_a_search_where_nothing_fits_tries_other_forms(original, known, effort, 
     )
     search.run()
     assert len(built) == len(set(built)) > 1
+
+
+def test_channels_priced_by_multiplications_reach_every_share_of_them(original, effort, kept):
+    known = facts(original, effort, kept, by_macs=True, watch=silent)
+    predictor = Predictor(original, known.family, known.bits, known.first, by_macs=True)
+    whole = predictor.form(1.0)
+    for share in predictor.shares()[1:]:
+        form = predictor.form(share)
+        assert form.costs["macs"] <= share * whole.costs["macs"]
+        assert form.costs["latency_ms"] < whole.costs["latency_ms"]
+    assert min(predictor.shares()) < 0.3

@@ -115,7 +115,8 @@ def compress(
         _record(run, _first_row(original, asked, chosen, seed))
         limits = asked.limits(original.costs)
         original = _able_to_judge(original, limits)
-        known = facts(original, chosen, kept, seed=seed, watch=watch)
+        by_macs = bool(limits.keys() & {"macs", "energy_mj"})
+        known = facts(original, chosen, kept, by_macs=by_macs, seed=seed, watch=watch)
         bound = asked.bound("latency")
         search = Search(
             original,

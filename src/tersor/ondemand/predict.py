@@ -59,7 +59,9 @@ class Predictor:
         first: Measured,
         *,
         trains: bool = False,
+        by_macs: bool = False,
     ) -> None:
+        self.by_macs = by_macs  # how `family` prices its channels; else in time
         self.original, self.family, self.bits, self.first = original, family, bits, first
         self.factors = Factors(*((TRAINED, RATED) if trains else (FITTED, 1.0)))
         whole = sum(b.harm_kl[max(b.harm_kl)] for b in bits.values())
@@ -112,7 +114,7 @@ class Predictor:
         if self.family is not None and units:
             macs = self.family.macs(units) / self.family.macs({})
             left = self.family.sizes(units)
-            if mode == STATIC:
+            if mode == STATIC and not self.by_macs:
                 inside = min(1e-6 * self.family.whole, 0.95 * latency)
                 latency += inside * (self.family.cost(units) / self.family.whole - 1)
             else:

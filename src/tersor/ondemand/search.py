@@ -66,17 +66,28 @@ class Found:
 
 @dc.dataclass(frozen=True, eq=False)
 class Facts:
-    """What was measured before the search: the whole network at 8 bits, its channels and its layers."""
+    """What was measured before the search: the whole network at 8 bits, its channels (priced by time or `by_macs`)
+    and its layers."""
 
     first: Measured
     family: ChannelFamily | None
     bits: Mapping[str, BitOptions]
     whole: Network
     notes: tuple[str, ...]
+    by_macs: bool = False
 
 
-def facts(original: Original, effort: Effort, kept: Kept, *, seed: int = 0, watch: Watch) -> Facts:
-    """Measure what the search rests on.
+def facts(
+    original: Original,
+    effort: Effort,
+    kept: Kept,
+    *,
+    by_macs: bool = False,
+    seed: int = 0,
+    watch: Watch,
+) -> Facts:
+    """Measure what the search rests on. Channels are priced by time, or `by_macs`: small networks spend much of their
+    time on what no channel has part in, so that a share of it says little of their multiplications.
 
     Raises ModelError where no engine here runs the quantized network rightly.
     """
@@ -84,12 +95,12 @@ def facts(original: Original, effort: Effort, kept: Kept, *, seed: int = 0, watc
     first = _first(original, whole, effort, kept, watch)
     family, notes = None, []
     try:
-        family = channels_tried(original, kept, seed, watch)
+        family = channels_tried(original, kept, seed, watch, by_macs=by_macs)
     except ModelError as error:
         notes.append(f"no channels are removed: {error}")
 
     bits = bits_tried(original, kept, seed, watch)
-    return Facts(first, family, bits, whole, tuple(notes))
+    return Facts(first, family, bits, whole, tuple(notes), by_macs)
 
 
 def _first(
@@ -142,7 +153,12 @@ class Search:
         self.relative_latency = relative_latency
         self.record, self.watch = record, watch
         self.predictor = Predictor(
-            original, known.family, known.bits, known.first, trains=effort.trains
+            original,
+            known.family,
+            known.bits,
+            known.first,
+            trains=effort.trains,
+            by_macs=known.by_macs,
         )
         self.made: list[Measured] = []
         self.workers = workers or open_executor("local")

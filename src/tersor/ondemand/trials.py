@@ -16,8 +16,11 @@ from tersor.ondemand.original import Original
 FAMILY_IMAGES = 128  # on which channels are tried
 
 
-def channels_tried(original: Original, kept: Kept, seed: int, watch: Watch) -> ChannelFamily:
-    """The channels ranked and priced; the trials of groups and the times of layers are kept, which took the time.
+def channels_tried(
+    original: Original, kept: Kept, seed: int, watch: Watch, *, by_macs: bool = False
+) -> ChannelFamily:
+    """The channels ranked and priced, by the time of the layers or `by_macs` by their multiplications; the trials
+    of groups and the times are kept, which took the time.
 
     Raises ModelError where none can be removed.
     """
@@ -28,7 +31,7 @@ def channels_tried(original: Original, kept: Kept, seed: int, watch: Watch) -> C
             original.module,
             original.inputs[:FAMILY_IMAGES],
             example_of(original),
-            cost_of=time_cost(original.module, original.input_shape, table),
+            cost_of=None if by_macs else time_cost(original.module, original.input_shape, table),
             harms=harms,
             on_progress=lambda share: watch("which channels are missed least", share),
             seed=seed,
