@@ -4,7 +4,8 @@
         --effort quick --size "6x smaller" --latency "6x faster" --drop 0.3 --no-labels
 
 `tersor compress` runs as given. Then its file is read back: bytes, accuracy on the test images (which the search
-never sees) with the paired interval to the float network, and times at batch 1 and 64 in one run, interleaved:
+never sees) with the paired interval to the float network, and times at batch 1 and 64 in one run, in turns, each alone
+for a while as it would be in use (bench.timing.time_apart):
 PyTorch's eager float32, the float network on ONNX Runtime, its plain static int8 on each engine, and the file on the
 engine the answer names and on all others. --network times and judges a network that pruning_finetuned.py left
 instead, in static int8: what a long training reaches. Rows are appended to --out; one that is there is kept.
@@ -21,7 +22,7 @@ import torch
 
 import tersor
 from tersor.bench.environment import environment
-from tersor.bench.timing import time_sessions
+from tersor.bench.timing import time_apart
 from tersor.engines import open_session
 from tersor.errors import BudgetError
 from tersor.pipeline import deployment_graph
@@ -127,7 +128,7 @@ def again(file, graph, module, splits, options):
             sessions[f"{name} on {engine}"] = session
     times = {}
     for batch in (1, 64):
-        found = time_sessions(sessions, splits.input_shape, batch, seconds=options.seconds)
+        found = time_apart(sessions, splits.input_shape, batch, seconds=options.seconds)
         times[str(batch)] = {name: timing.median_ms for name, timing in found.items()}
     ratios = {}
     for batch, held in times.items():

@@ -38,7 +38,7 @@ def test_a_network_that_was_made_has_its_own_harm_and_narrower_ones_no_less(pred
     shares = predictor.shares()
     share = shares[2]
     before = {s: predictor.form(s, STATIC).harm for s in shares}
-    predictor.correct(a_point(predictor, share), measured(known, 0.5, 5.0), 0.4)
+    predictor.correct(a_point(predictor, share), measured(known, 0.5, 5.0), 0.4, ms=1.0)
     after = {s: predictor.form(s, STATIC).harm for s in shares}
     assert after[share] == pytest.approx(predictor.activations + 0.4)
     assert all(after[s] >= after[share] for s in shares if s < share)
@@ -49,13 +49,13 @@ def test_a_network_that_was_made_has_its_own_harm_and_narrower_ones_no_less(pred
 @pytest.mark.parametrize("off", [0.6, 1.0, 1.7])
 def test_the_drop_at_a_measured_harm_is_the_judged_one(predictor, known, harm, off):
     judged = off * float(np.interp(harm, *predictor._drops))  # of noise of that size
-    predictor.correct(a_point(predictor, 0.9), measured(known, harm, judged), harm / 2)
+    predictor.correct(a_point(predictor, 0.9), measured(known, harm, judged), harm / 2, ms=1.0)
     assert predictor.drop_of(harm) == pytest.approx(judged, rel=1e-6)
 
 
 @pytest.mark.parametrize("drop", [0.5, 2.0, 8.0])
 def test_the_harm_allowed_is_not_predicted_to_lose_more(predictor, known, drop):
-    predictor.correct(a_point(predictor, 0.9), measured(known, 0.1, 6.0), 0.05)
+    predictor.correct(a_point(predictor, 0.9), measured(known, 0.1, 6.0), 0.05, ms=1.0)
     harm = predictor.harm_of(drop)
     assert predictor.drop_of(harm) <= drop
     assert predictor.harm_of(2 * drop) >= harm

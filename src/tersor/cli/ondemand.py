@@ -61,7 +61,7 @@ def compress(
         threads: of one run (0: all)
         effort: quick (2 minutes, no training), standard (15 minutes, learns from the original), max
         minutes: another time for that effort
-        labels: judge by the labels of the validation part, where there are some
+        labels: where there are some judge by those of the validation part, and with effort max learn from the others
         input_shape: channels height width, without --data
         dry_run: print what would be built
         examples: show small pictures of inputs whose answer changed in report.html

@@ -46,6 +46,10 @@ TRAINING = Finetune(
     ema_decay=0.995,
     compile="off",
 )
+# Where labels may be learnt from, networks are not held to answers of an original that could know more: trained
+# for long they pass it. The teacher, dearer than a small student, is spared.
+LABELLED = dc.replace(TRAINING, learning_rate=0.1, weight_decay=5e-4, distill=0.0)
+FULL_RATE_EPOCHS = 10  # shorter labelled trainings step more lightly
 NETWORK, STATE = "network", "state.pt"
 SPEED_STEPS = 6  # of training, to learn how many a second there are
 
@@ -67,13 +71,14 @@ class Network:
 
 @dc.dataclass(frozen=True, eq=False)
 class Wanted:
-    """A network to be made: the share of its channels' cost that stays, the plan of what goes (None: nothing), and for
-    how long it may learn."""
+    """A network to be made: the share of its channels' cost that stays, the plan of what goes (None: nothing), for how
+    long it may learn, and whether from labels."""
 
     share: float
     plan: Plan | None
     train_seconds: float = 0.0
     seed: int = 0
+    labelled: bool = False
 
     @property
     def request(self) -> dict[str, Any]:
@@ -83,8 +88,8 @@ class Wanted:
 
 def network(original: Original, wanted: Wanted, kept: Kept, watch: Watch) -> Network:
     """The network without what the plan removes, what is left fitted to the original's outputs, batch norms
-    re-estimated, and where there is time for it trained to answer as the original does; no labels. A training goes on
-    from its checkpoint."""
+    re-estimated, and where there is time for it trained: to answer as the original does, or where `wanted.labelled`
+    as the labels say. A training goes on from its checkpoint."""
     made: list[Network] = []
 
     def make(place: pathlib.Path) -> dict[str, float]:
@@ -159,7 +164,7 @@ def _network(
         module = structured.apply(original.module, plan, inputs=inputs, seed=seed)
         module = reestimate_batch_norm(module, inputs, original=original.module)
         if wanted.train_seconds > 0:
-            training = _Training(original, wanted.train_seconds, seed, watch, kept)
+            training = _Training(original, wanted, watch, kept)
             module, epochs = training.trained(module, share, checkpoint)
             module = reestimate_batch_norm(module, inputs, original=original.module)
     graph = original.graph
@@ -174,11 +179,10 @@ def _network(
 
 @dc.dataclass(frozen=True, eq=False)
 class _Training:
-    """To answer as the original does, for about `seconds`."""
+    """As `wanted` says, for about its seconds."""
 
     original: Original
-    seconds: float
-    seed: int
+    wanted: Wanted
     watch: Watch
     kept: Kept
 
@@ -186,34 +190,40 @@ class _Training:
         self, module: nn.Module, share: float, checkpoint: pathlib.Path
     ) -> tuple[nn.Module, float]:
         """The network trained, and the epochs that these were."""
-        splits = self.original.splits
-        batch = min(TRAINING.batch_size, max(2, len(splits.train) // 4))
+        splits, seconds = self.original.splits, self.wanted.train_seconds
+        recipe = LABELLED if self.wanted.labelled else TRAINING
+        teacher = self.original.module if recipe.needs_teacher else None
+        batch = min(recipe.batch_size, max(2, len(splits.train) // 4))
         per_epoch = max(1, len(splits.train) // batch)
         short = dc.replace(
-            TRAINING, epochs=SPEED_STEPS / per_epoch, batch_size=batch, seed=self.seed
+            recipe, epochs=SPEED_STEPS / per_epoch, batch_size=batch, seed=self.wanted.seed
         )
 
         def timed(_: pathlib.Path) -> float:
             """Epochs that there is time for. The shortest training is timed first."""
-            found = finetune(module, splits, short, teacher=self.original.module)
-            return self.seconds / max(found.seconds / SPEED_STEPS, 1e-4) / per_epoch
+            found = finetune(module, splits, short, teacher=teacher)
+            return seconds / max(found.seconds / SPEED_STEPS, 1e-4) / per_epoch
 
         epochs, _ = self.kept.piece("epochs", {"share": share}, timed)
         if epochs * per_epoch < SPEED_STEPS:
             return module, 0.0
-        # Short trainings step lightly.
-        rate = TRAINING.learning_rate * min(1.0, epochs * per_epoch / 200)
         trained = finetune(
             module,
             splits,
-            dc.replace(short, epochs=epochs, learning_rate=max(rate, 1e-3)),
-            teacher=self.original.module,
+            dc.replace(short, epochs=epochs, learning_rate=_rate(recipe, epochs, per_epoch)),
+            teacher=teacher,
             checkpoint=checkpoint,
-            on_progress=lambda p: self.watch(
-                f"learning from the original: {p}", p.step / p.num_steps
-            ),
+            on_progress=lambda p: self.watch(f"learning: {p}", p.step / p.num_steps),
         )
         return trained.module, epochs
+
+
+def _rate(recipe: Finetune, epochs: float, per_epoch: int) -> float:
+    """Short trainings step lightly."""
+    share = min(1.0, epochs * per_epoch / 200)
+    if not recipe.needs_teacher:
+        share *= min(1.0, epochs / FULL_RATE_EPOCHS)
+    return max(recipe.learning_rate * share, 1e-3)
 
 
 def rounded(

@@ -32,10 +32,9 @@ PRECISION = "bf16"
 WEIGHTS_PER_SECOND, PASSES = 1.5e5, 4
 
 
-def seconds_to_code(made: Network) -> float:
-    """About what `coded` takes."""
-    weights = sum(layer.num_weights for layer in graph_layers(made.graph))
-    return PASSES * weights / WEIGHTS_PER_SECOND
+def seconds_to_code(num_weights: int) -> float:
+    """About what `coded` takes for so many weights."""
+    return PASSES * num_weights / WEIGHTS_PER_SECOND
 
 
 def bytes_of_scales(made: Network) -> int:

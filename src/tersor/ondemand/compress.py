@@ -66,10 +66,10 @@ def compress(
     `model` is a module that gives logits (N, classes) of images (N, C, H, W), or the name of one with `weights`.
     `data`: a name (`folder:DIR`, ...), a Splits, an array (N, C, H, W) as the network sees it, batches of such (a
     DataLoader), or None: inputs of `input_shape` are then made from the network's batch norms. Labels are used to
-    judge, never to make, where `use_labels` and there are some; without them the drop is judged by the original's
-    own answers, with an upper limit. The test part is never looked at. `effort`: quick (no training, 2 minutes),
-    standard (15 minutes, learns from the original), max; `minutes` sets another time. Times are those of this
-    machine, on the engine that was the fastest of the right ones.
+    judge, and with effort max to train, where `use_labels` and there are some; without them the drop is judged by
+    the original's own answers, with an upper limit. The test part is never looked at. `effort`: quick (no training,
+    2 minutes), standard (15 minutes, learns from the original), max (two hours); `minutes` sets another time. Times
+    are those of this machine, on the engine that was the fastest of the right ones.
 
     `out` gets model.tersor, plan.json, result.json, details.json, rows.jsonl (one row a candidate) and report.html, a
     page to read; its pictures are small ones of inputs whose answer changed, which `examples=False` leaves out. With

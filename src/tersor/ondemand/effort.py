@@ -14,8 +14,10 @@ Watch = Callable[[str, float], None]  # what is done, and the share of it that i
 
 @dc.dataclass(frozen=True)
 class Effort:
-    """`trains`: by distillation from the original, without labels. `num_calibration` inputs are read to make a
-    model, `num_held` others to judge it; at most `rounds` candidates are built."""
+    """`trains`: by distillation from the original, without labels; where `learns_labels` and there are some, from
+    these, for `trained_share` of the time left: where it is too short to train a second network, the first gets
+    most. `num_calibration` inputs are read to make a model, `num_held` others to judge it; at most `rounds`
+    candidates are built."""
 
     name: str
     minutes: float
@@ -23,6 +25,8 @@ class Effort:
     num_calibration: int
     num_held: int
     rounds: int
+    trained_share: float = 0.0
+    learns_labels: bool = False
 
     @property
     def timing_seconds(self) -> float:
@@ -34,8 +38,8 @@ EFFORTS = {
     effort.name: effort
     for effort in (
         Effort("quick", 2, False, 512, 2000, 8),
-        Effort("standard", 15, True, 1024, 5000, 8),
-        Effort("max", 120, True, 1024, 5000, 12),
+        Effort("standard", 15, True, 1024, 5000, 8, 0.8),
+        Effort("max", 120, True, 1024, 5000, 12, 0.6, learns_labels=True),
     )
 }
 

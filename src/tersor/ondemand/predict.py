@@ -74,6 +74,7 @@ class Predictor:
         )
         self.beside = max(first.costs["size_bytes"] - told, 0.0)  # what no layer's codes take
         self._units: dict[float, tuple[Units, float]] = {}
+        self._timed: dict[tuple[float, str], float] = {}  # ms of what was run, by share and mode
         self._made: dict[float, float] = {1.0: 0.0}  # harm of the networks that were made, by share
         self._drops = _drops(original)
         # (logarithm of a harm, drop judged there over the drop expected), of all that was measured
@@ -96,6 +97,13 @@ class Predictor:
                 harm = max(harm, self.family.unseen)
             self._units[share] = units, harm
         return self._units[share]
+
+    def num_weights(self, share: float) -> int:
+        """Weights that are left at that share, of the layers whose bits are chosen."""
+        units, left = self.units(share)[0], {}
+        if self.family is not None and units:
+            left = self.family.sizes(units)
+        return sum(left.get(f"{n}.weight", b.num_weights) for n, b in self.bits.items())
 
     def modes(self) -> list[str]:
         """Integers; and codes computed with in float where these may be as fast, or integers cost much."""
@@ -128,15 +136,15 @@ class Predictor:
             ]
             for name, b in self.bits.items()
         }
-        weights = sum(left.get(f"{n}.weight", b.num_weights) for n, b in self.bits.items())
         integers = mode == STATIC
+        timed = self._timed.get((share, mode))
         costs = {
-            "latency_ms": latency * factors.latency[mode],
+            "latency_ms": latency * factors.latency[mode] if timed is None else timed,
             "macs": macs * self.original.costs["macs"],
         }
         costs["energy_mj"] = counted_energy_mj(
             costs["macs"],
-            weights * (1 if integers else 4),
+            self.num_weights(share) * (1 if integers else 4),
             integers=integers,
             batch=self.original.batch,
         )
@@ -182,7 +190,20 @@ class Predictor:
         expected = float(np.interp(harm, *self._drops))
         if harm > 0 and expected > 0:
             ratio = self.original.judged_pt(found.drop) / expected
-            self._judged.append((float(np.log(harm)), float(np.clip(ratio, 0.4, 2.5))))
+            # A small change may be judged none by chance; one that should cost points and did not learnt from labels.
+            least = 0.4 / max(1.0, expected)
+            self._judged.append((float(np.log(harm)), float(np.clip(ratio, least, 2.5))))
+
+    def timed(self, share: float) -> bool:
+        """Whether the integers' time at that share is measured."""
+        return (share, STATIC) in self._timed or not self.units(share)[0]
+
+    def hear_time(self, share: float, ms: float, mode: str = STATIC) -> None:
+        """Learn how long the network with that share takes, and that others differ from their predictions alike."""
+        self._timed.pop((share, mode), None)
+        predicted = self.form(share, mode).costs["latency_ms"]
+        self.factors.latency[mode] *= float(np.clip(ms / predicted, 0.5, 2.0))
+        self._timed[share, mode] = ms
 
     def hear_network(self, share: float, harm: float) -> None:
         """Learn the KL divergence of the network that was made with that share."""
@@ -191,8 +212,9 @@ class Predictor:
         if raw > 0:
             self.factors.channels = float(np.clip(harm / raw, 0.005, 3.0))
 
-    def correct(self, point: Point, found: Measured, network_harm: float) -> None:
-        """Learn from a candidate: `network_harm` is the KL divergence of its network before it got its bits."""
+    def correct(self, point: Point, found: Measured, network_harm: float, ms: float) -> None:
+        """Learn from a candidate: `network_harm` is the KL divergence of its network before it got its bits, `ms` its
+        time as a budget takes it."""
         (share, mode), factors = point.form.choice, self.factors
         self.hear_network(share, network_harm)
         bits = point.harm - point.form.harm
@@ -200,8 +222,7 @@ class Predictor:
         if bits > 0 and rest > 0.1 * found.drop.harm_kl:
             factors.bits *= float(np.clip(rest / bits, 0.1, 5.0))
         if share < 1 or mode == FLOAT:
-            ratio = found.costs["latency_ms"] / point.costs["latency_ms"]
-            factors.latency[mode] *= float(np.clip(ratio, 0.5, 2.0))
+            self.hear_time(share, ms, mode)
         codes = point.costs["size_bytes"] - self.beside
         if codes > 0:
             real = found.costs["size_bytes"] - self.beside

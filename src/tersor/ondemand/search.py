@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from tersor.errors import BudgetError, EngineError, ModelError
+from tersor.graph.layers import num_weights
 from tersor.methods.bit_options import BitOptions
 from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.restore import unheld
@@ -27,20 +28,22 @@ from tersor.ondemand.build import (
 )
 from tersor.ondemand.candidate import Measured, measured, measured_before
 from tersor.ondemand.effort import Effort, Watch
+from tersor.ondemand.front import told_front
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
+from tersor.ondemand.probe import probed
 from tersor.ondemand.trials import bits_tried, channels_tried
 from tersor.runs.executors import Executor, open_executor
-from tersor.search.tradeoff import GOALS, SIZE, Point, best, nearest, nondominated, pareto, points
+from tersor.search.tradeoff import GOALS, SIZE, Point, best, nearest
 from tersor.specs import Plan
 
 FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop is given
-FRONT = 16  # points of the front that are told
 ENGINES_AT_ONE = ("onnxruntime", "openvino")  # at larger batches all that are here are tried
 SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
+LEARNT = "networks without some channels learnt from the labels of the training part; --no-labels leaves these out"
 AHEAD = 4  # networks that are made at once where there are workers
-TRAINED_SHARE = 0.6  # of the time left goes into one training
+PROBES = 4  # networks whose time is measured before one of them is made
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 Record = Callable[[dict[str, Any]], None]
 
@@ -151,6 +154,7 @@ class Search:
         self.original, self.known, self.asked, self.effort = original, known, asked, effort
         self.kept, self.clock, self.seed = kept, kept.clock, seed
         self.relative_latency = relative_latency
+        self.labelled = effort.learns_labels and original.labels is not None
         self.record, self.watch = record, watch
         self.predictor = Predictor(
             original,
@@ -184,12 +188,35 @@ class Search:
             fresh = [form for form in forms if form.choice not in self._missed]
             return nearest(fresh or forms, limits)
 
+    def _timed_point(self) -> tuple[Point, str]:
+        """As `point`; where a network is dear to make, its time is measured before and the choice made again."""
+        for _ in range(PROBES):
+            share, mode = self.point()[0].form.choice
+            if not self.effort.trains or mode != STATIC or self.predictor.timed(share):
+                break
+            self._probe(share)
+        return self.point()
+
+    def _probe(self, share: float) -> None:
+        self.watch(f"how long {share:.0%} of the channels' time is", 0.0)
+        plan = self._wanted(share).plan
+        assert plan is not None, "the whole network was timed first"
+
+        def make(_: pathlib.Path) -> dict[str, float]:
+            seconds = self.effort.timing_seconds
+            ms, speedup = probed(self.original, plan, self._engines(), seconds=seconds)
+            return {"ms": ms, "speedup": speedup}
+
+        told, _ = self.kept.piece("time", {"share": share}, make)
+        relative = self.original.costs["latency_ms"] / told["speedup"]
+        self.predictor.hear_time(share, relative if self.relative_latency else told["ms"])
+
     def run(self) -> Found:
         """Build candidates until they repeat, or the rounds or the time are used up; one is always built."""
         tried: set[Any] = {((1.0, STATIC), (8,))}
         last = self.known.first.seconds
         for number in range(1, self.effort.rounds + 1):
-            point, axis = self.point()
+            point, axis = self._timed_point()
             if self._spread(point.form.choice[0]):
                 point, axis = self.point()
             bits = {layer: int(option.choice) for layer, option in point.choices.items()}
@@ -214,7 +241,8 @@ class Search:
         """The best of what was measured, and the front around it."""
         fitting = [each for each in self.made if self.excess(each)[0] <= 1]
         point, axis = self.point()
-        front = tuple(self._front())
+        real = [(each, self._value(each, "drop_pt")) for each in self.made]
+        front = told_front(real, self.predictor)
         if fitting:
             answer = self._chosen(fitting)
             return Found(answer, True, self.asked, tuple(self.made), front, notes=tuple(self.notes))
@@ -286,7 +314,8 @@ class Search:
         if told is None:
             return
         found = measured_before(told["row"], place)
-        self.predictor.correct(point, found, told["network_kl"])
+        ms = self._value(found, "latency_ms")
+        self.predictor.correct(point, found, told["network_kl"], ms)
         self._keep(found)
 
     def _coded(
@@ -295,7 +324,7 @@ class Search:
         """The graph of `made` at the bytes of `point`, its plan, and whether its codes were chosen by rate and
         distortion: with few bits, an effort that has the time, and a price that comes to these bytes."""
         share, mode = point.form.choice
-        spare = self.clock.left - coding.seconds_to_code(made)
+        spare = self.clock.left - coding.seconds_to_code(num_weights(made.graph))
         if self.effort.trains and few_bits(bits) and spare > self.known.first.seconds:
             size = point.costs[SIZE] - self.predictor.beside - coding.bytes_of_scales(made)
             spec = request_of(self.original, mode, True)
@@ -313,17 +342,23 @@ class Search:
         if share not in self._networks:
             started = self.clock.passed
             wanted = self._wanted(share)
-            self._networks[share] = network(self.original, wanted, self.kept, self.watch)
+            made = network(self.original, wanted, self.kept, self.watch)
             self._making = self.clock.passed - started
+            if made.epochs and wanted.labelled and LEARNT not in self.notes:
+                self.notes.append(LEARNT)
+            self._networks[share] = made
         return self._networks[share]
 
     def _wanted(self, share: float) -> Wanted:
         family, (units, _) = self.known.family, self.predictor.units(share)
         gone = any(len(held) for held in units.values())
         plan = family.plan(units) if family is not None and gone else None
-        reserve = 3 * self.known.first.seconds + coding.seconds_to_code(self.known.whole)
-        seconds = TRAINED_SHARE * (self.clock.left - reserve) if self.effort.trains else 0.0
-        return Wanted(share, plan, seconds, self.seed)
+        reserve = 3 * self.known.first.seconds + coding.seconds_to_code(
+            self.predictor.num_weights(share)
+        )
+        seconds = self.effort.trained_share * (self.clock.left - reserve)
+        seconds = seconds if self.effort.trains else 0.0
+        return Wanted(share, plan, seconds, self.seed, self.labelled)
 
     def _spread(self, share: float) -> bool:
         """Make the network of `share`, and of those near it that may be next, where the workers are; the prediction
@@ -351,29 +386,6 @@ class Search:
     def _keep(self, found: Measured) -> None:
         self.made.append(found)
         self.record({"step": f"candidate {len(self.made) - 1}", **found.row()})
-
-    def _front(self) -> list[dict[str, Any]]:
-        """Measured models that no other beats, and predicted points beyond, thinned to FRONT."""
-        real = [
-            {
-                **each.row()["choice"],
-                **each.costs,
-                "drop_pt": self._value(each, "drop_pt"),
-                "measured": True,
-                "file": each.path.name,
-            }
-            for each in self.made
-        ]
-        axes = ("size_bytes", "latency_ms", "harm")
-        found = pareto(points(self.predictor.forms()), axes)
-        step = max(1, len(found) // FRONT)
-        told = [{**self.predictor.described(p), "measured": False} for p in found[::step]]
-        rows = [
-            (r["size_bytes"], r["latency_ms"], round(max(r["drop_pt"], 0.0), 3))
-            for r in [*real, *told]
-        ]
-        kept = nondominated(rows)
-        return [[*real, *told][i] for i in sorted(kept, key=lambda i: rows[i])]
 
 
 def _dearest(point: Point) -> str:

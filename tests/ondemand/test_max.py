@@ -1,0 +1,107 @@
+"""What efforts that train do besides: times before they train, and labels where there are some."""
+
+import dataclasses as dc
+
+import pytest
+
+from tersor.methods.prune_family import ChannelFamily
+from tersor.ondemand import build
+from tersor.ondemand import search as searching
+from tersor.ondemand.build import Wanted, example_of
+from tersor.ondemand.effort import EFFORTS, Clock
+from tersor.ondemand.kept import Kept
+from tersor.ondemand.predict import STATIC
+from tersor.ondemand.probe import probed
+from tersor.ondemand.search import LEARNT, Search, facts
+
+
+def silent(text, share):
+    pass
+
+
+@pytest.fixture(scope="module")
+def known(original, effort, kept):
+    return facts(original, effort, kept, by_macs=True, watch=silent)
+
+
+@pytest.fixture
+def trying(original, known, tmp_path):
+    def made(asked, effort="standard", original=original, **options):
+        chosen = dc.replace(EFFORTS[effort], minutes=0.05)
+        kept = Kept(tmp_path, Clock(chosen.minutes))
+        return Search(original, known, asked, chosen, kept, watch=silent, **options)
+
+    return made
+
+
+def test_a_time_that_was_measured_is_the_prediction_and_moves_the_others(trying):
+    predictor = trying({}).predictor
+    one, other = predictor.shares()[3], predictor.shares()[6]
+    before = {share: predictor.form(share).costs["latency_ms"] for share in (one, other)}
+    predictor.hear_time(one, 1.3 * before[one])
+    after = {share: predictor.form(share).costs["latency_ms"] for share in (one, other)}
+    assert after[one] == pytest.approx(1.3 * before[one])
+    assert after[other] == pytest.approx(1.3 * before[other])
+    predictor.hear_time(one, before[one])
+    assert predictor.form(other).costs["latency_ms"] == pytest.approx(before[other])
+
+
+def test_no_network_is_made_whose_time_would_be_too_long(trying, known, monkeypatch):
+    limit = 0.7 * known.first.costs["latency_ms"]
+    search = trying({"latency_ms": limit})
+    monkeypatch.setattr(search.predictor, "modes", lambda: [STATIC])
+    told, built = [], []
+
+    def slow_at_first(original, plan, engines, *, seconds):
+        told.append(2 * limit if not told else 0.9 * limit)
+        return told[-1], 1.0
+
+    monkeypatch.setattr(searching, "probed", slow_at_first)
+    monkeypatch.setattr(search, "_build", lambda number, point, bits: built.append(point))
+    search.run()
+    assert len(told) >= 2
+    assert built[0].costs["latency_ms"] == pytest.approx(0.9 * limit)
+
+
+def test_the_probe_runs_what_the_plan_leaves(original, known):
+    family = known.family
+    engines = list(known.first.engines_ms)
+    plan = family.plan(family.units(0.3))
+    ms, speedup = probed(original, plan, engines, seconds=0.3)
+    assert ms > 0 and speedup > 0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
+    original, labelled, tmp_path, monkeypatch
+):
+    asked = []
+    real = build.finetune
+
+    def spied(module, splits, spec, **options):
+        asked.append((spec.distill, options["teacher"]))
+        return real(module, splits, spec, **options)
+
+    monkeypatch.setattr(build, "finetune", spied)
+    family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
+    plan = family.plan(family.units(0.5))
+    wanted = Wanted(0.5, plan, 3.0, labelled=labelled)
+    made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
+    assert made.epochs > 0
+    teacher = None if labelled else original.module
+    assert asked and set(asked) == {(0.0 if labelled else 1.0, teacher)}
+
+
+def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
+    unlabelled = dc.replace(original, labels=None)
+    assert [
+        trying({}, effort, held).labelled
+        for effort in ("quick", "standard", "max")
+        for held in (original, unlabelled)
+    ] == [False] * 4 + [True, False]
+    search = trying({}, "max")
+    share = search.predictor.shares()[5]
+    monkeypatch.setattr(search.clock, "limit", search.clock.passed + 60)
+    monkeypatch.setattr(searching.coding, "seconds_to_code", lambda num_weights: 0.0)
+    search._network(share)
+    assert LEARNT in search.found().notes
