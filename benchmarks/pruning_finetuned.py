@@ -7,10 +7,11 @@ A form is STRUCTURE/CRITERION/SCOPE/TARGET. TARGET is the share of the weights t
 else the share of the multiplications (macs) that may stay. A fifth part "fit" fits what stays to the outputs of the
 original before training. Structure low_rank makes layers thinner in series: CRITERION is its method, SCOPE size or
 macs. Structure torch_pruning stands for the tool of that name: channels, by its importance CRITERION (magnitude,
-taylor), in scope layer, global or isomorphic. All forms are trained by one loop with one recipe; with --epochs 0 they
-are judged after batch norm was re-estimated. Networks go to --work, from where pruning_speed.py takes them. Rows are
-appended to --out; those that are there stay, and an interrupted training goes on from its checkpoint. `right` of a
-row has a bit for each test image, in hexadecimal digits.
+taylor), in scope layer, global or isomorphic. --start is a network of --work, which is pruned further. All forms are
+trained by one loop with one recipe; with --epochs 0 they are judged after batch norm was re-estimated. Networks go to
+--work, from where pruning_speed.py takes them. Rows are appended to --out; those that are there stay, and an
+interrupted training goes on from its checkpoint. `right` of a row has a bit for each test image, in hexadecimal
+digits.
 """
 
 from __future__ import annotations
@@ -42,14 +43,19 @@ def main():
     torch.set_num_threads(options.threads)
     splits = tersor.load_data(options.data, num_calibration=options.images)
     float_network = tersor.load_model(options.model, weights=options.weights)
-    base = copy.deepcopy(float_network)
+    base, start = copy.deepcopy(float_network), ""
+    if options.start:
+        base, start = (
+            torch.load(options.start, weights_only=False),
+            pathlib.Path(options.start).stem,
+        )
     if options.fold_copies:
         fold_copies_(base, torch.zeros(2, *splits.input_shape))
     inputs = list(splits.batches(splits.calibration, 64))
     out, work = pathlib.Path(options.out), pathlib.Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
     told = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    original = score_of(base, splits, options)
+    original = score_of(float_network, splits, options)
     size, all_params = macs_of(float_network, splits), params_of(float_network)
     print(f"{options.model} float: {original.accuracy:.2%}", flush=True)
     for form in options.forms:
@@ -60,12 +66,15 @@ def main():
             "seed": options.seed,
             "num_samples": len(original.per_sample),
         }
+        if start:
+            key["start"] = start
         if any(all(row[k] == v for k, v in key.items()) for row in told["rows"]):
             continue
         started = time.perf_counter()
         changed, masks = changed_by(form, base, splits, inputs, options)
         row = key | {"seconds_to_prune": round(time.perf_counter() - started, 1)}
-        name = f"{options.model}-{form}-{options.epochs:g}-{options.seed}".replace("/", "-")
+        name = f"{start or options.model}-{form}-{options.epochs:g}-{options.seed}"
+        name = name.replace("/", "-")
         checkpoint = work / f"{name}.checkpoint"
         network = tersor.reestimate_batch_norm(changed, inputs)
         if options.epochs:
@@ -75,7 +84,7 @@ def main():
                 splits,
                 recipe,
                 masks=masks,
-                teacher=base if recipe.needs_teacher else None,
+                teacher=float_network if recipe.needs_teacher else None,
                 checkpoint=checkpoint,
                 on_progress=tell,
             )
@@ -245,6 +254,7 @@ def parsed():
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="resnet18", choices=list(CLASSIFIERS))
     parser.add_argument("--weights", required=True)
+    parser.add_argument("--start", help="a network of --work to prune instead")
     parser.add_argument("--forms", nargs="+", required=True)
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning-rate", type=float, default=0.05)

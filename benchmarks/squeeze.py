@@ -32,6 +32,7 @@ import gzip
 import heapq
 import json
 import pathlib
+import re
 import time
 
 import numpy as np
@@ -196,10 +197,10 @@ def make(form, module, graph, splits, options, place):
         return deep_compression(form, rest, module, splits, place)
     fields, trained, masks = fields_of(form), 0.0, {}
     if stem := fields.pop("network", None):
-        # written by pruning_finetuned.py, whose names end with the epochs and the seed
+        # written by pruning_finetuned.py, in whose names epochs and seed follow each pruning
         module = torch.load(options.networks / f"{stem}.pt", weights_only=False).eval()
         masks = {n: p != 0 for n, p in module.named_parameters() if p.ndim > 1}
-        trained = float(stem.split("-")[-2])
+        trained = sum(map(float, re.findall(r"-([0-9.]+)-[0-9]+(?=-[a-z]|$)", stem)))
     request = tersor.Squeeze(**{"num_calibration": options.images, "seed": options.seed} | fields)
     provenance = {"model": options.model, "data": splits.name}
     checkpoint = place.with_suffix(".checkpoint")
