@@ -532,6 +532,7 @@ def on_demand(told):
                 NAMES.get(row["model"], row["model"]),
                 row.get("effort", "by hand"),
                 asked or row.get("network", ""),
+                "no" if row.get("labels") is False else "yes",
                 {True: "yes", False: "no"}.get(held.get("met"), "–"),
                 f"{row['smaller']:.1f}",
                 *(
@@ -546,16 +547,19 @@ def on_demand(told):
     first = told["rows"][0]
     return (
         "## On demand\n\n"
-        f"{first['data']}, n = {first['num_samples']:,} test images that no search saw; no labels; difference to the "
+        f"{first['data']}, n = {first['num_samples']:,} test images that no search saw; difference to the "
         f"float network in points with its paired 95 % interval. {first['threads']} threads; times faster, of medians "
-        "interleaved in one process, than PyTorch's eager float32 and than the float network's plain static int8, each "
-        "on its fastest engine, at batch 1 and 64. Times smaller is against the float weights. "
+        "in one run in turns, each alone for a while as in use, than PyTorch's eager float32 and than the float "
+        "network's plain static int8, each on its fastest engine, at batch 1 and 64. Networks by hand were pruned and "
+        "trained by `benchmarks/pruning_finetuned.py` (the name tells how, and the epochs). Labels: whether they were "
+        "used to make or to judge. Times smaller is against the float weights. "
         f"{where(first)}.\n\n"
         + table(
             [
                 "network",
                 "effort",
                 "asked",
+                "labels",
                 "met",
                 "times smaller",
                 "over eager, 1",
