@@ -37,12 +37,15 @@ LEARNED_BITS = (
     5  # at so many bits or fewer rounding looks at the layer's outputs, and repays its time
 )
 JUDGED = 512  # held-out inputs on which a network is judged before it gets its bits
+# Of ResNet-18 at 65 % of its MACs, fitted, after 100 steps: KL 0.0165 to 0.0143 nats at this rate and temperature and
+# 0.0141 at half the rate, but 0.0173 at rate 0.02 and temperature 2.
 TRAINING = Finetune(
-    learning_rate=0.02,
+    learning_rate=0.01,
     batch_size=128,
     weight_decay=1e-4,
     label_smoothing=0.0,
     distill=1.0,
+    temperature=4.0,
     ema_decay=0.995,
     compile="off",
 )

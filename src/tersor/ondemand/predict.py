@@ -23,7 +23,29 @@ from tersor.ondemand.candidate import Measured
 from tersor.ondemand.original import Original
 from tersor.search.tradeoff import Form, Point
 
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.16, 0.13, 0.1)
+SHARES = (
+    *(
+        1.0,
+        0.95,
+        0.9,
+        0.85,
+        0.8,
+        0.75,
+        0.7,
+        0.65,
+        0.6,
+        0.55,
+        0.5,
+        0.42,
+        0.35,
+        0.3,
+        0.25,
+        0.2,
+        0.16,
+        0.13,
+    ),
+    0.1,
+)
 NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of the logits
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
 # training; corrected by the first candidate.
