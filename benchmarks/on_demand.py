@@ -52,7 +52,7 @@ def main():
         ).graph
         file = pathlib.Path(options.work) / f"{key['network']}.tersor"
         tersor.write(small, file)
-        found = {"size_bytes": file.stat().st_size}
+        found = {"size_bytes": file.stat().st_size, "labels": True}  # in its training
     else:
         found, file = answer(options)
     row = key | found | {"seconds": round(time.perf_counter() - started, 1)}

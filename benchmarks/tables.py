@@ -200,11 +200,12 @@ def finetuned(told):
     lines = [
         [
             row["model"],
-            row["form"],
+            row["form"] + (f", after {row['start']}" if "start" in row else ""),
             f"{row['zeros']:.1%}",
             f"{row['macs']:.1%}",
             f"{row['params']:.1%}",
             f"{row['epochs']:g}",
+            teachers(row),
             f"{row['accuracy']:.2%}",
             change(row),
             f"{row['seconds_to_prune']:.0f}",
@@ -215,8 +216,8 @@ def finetuned(told):
     text = (
         "## Pruned and trained\n\n"
         f"{first['data']}, n = {first['num_samples']:,}, seed {first['seed']}; difference to the float network in "
-        "points with its paired 95 % interval. Every form is trained by the same loop and recipe, from the float "
-        "network's outputs and the labels. A form is structure/criterion/scope/target (fit: what stays is fitted to "
+        "points with its paired 95 % interval. Forms of one number of epochs and one source are trained by the "
+        "same loop and recipe. A form is structure/criterion/scope/target (fit: what stays is fitted to "
         "the original's outputs before); torch_pruning is the tool of that name. MACs and parameters are what is left; "
         "seconds are those of pruning alone, on one thread beside other work.\n\n"
         + table(
@@ -227,6 +228,7 @@ def finetuned(told):
                 "MACs",
                 "parameters",
                 "epochs",
+                "learns from",
                 "accuracy",
                 "difference",
                 "seconds",
@@ -240,6 +242,13 @@ def finetuned(told):
             ["form", "against", "difference"], compared
         )
     return text
+
+
+def teachers(row):
+    """What a row was trained from."""
+    if "recipe" not in row:
+        return "–"
+    return "outputs, labels" if row["recipe"]["distill"] else "labels"
 
 
 def difference(rows, name, other):
