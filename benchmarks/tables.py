@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import numpy as np
 
@@ -464,7 +465,21 @@ def words_of(row):
     if kind == "deep":
         pruned, bits = rest.split(",")[:2]
         return f"Deep Compression: {float(pruned):.0%} pruned, {2 ** int(bits)} values, Huffman"
-    return f"Tersor, `{form}`"
+    stem = re.search(r",network=([^,]+)", form)
+    if stem is None:
+        return f"Tersor, `{form}`"
+    return f"Tersor, `{form.replace(stem.group(), '')}` after {made_by(stem.group(1))}"
+
+
+def made_by(stem):
+    """A network that pruning_finetuned.py named, in words."""
+    words = []
+    for what, how, share, epochs in re.findall(
+        r"-([a-z]+)-([a-z]+)-[a-z]+-([0-9.]+)(?:-fit)?-([0-9.]+)-[0-9]+", stem
+    ):
+        gone = f"{float(share):.0%} pruned" if what == "unstructured" else f"{what}s to {share} of the MACs at most"
+        words.append(f"{gone} ({how}, {epochs} epochs)")
+    return ", ".join(words)
 
 
 def training(row):
