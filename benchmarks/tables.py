@@ -477,7 +477,11 @@ def made_by(stem):
     for what, how, share, epochs in re.findall(
         r"-([a-z]+)-([a-z]+)-[a-z]+-([0-9.]+)(?:-fit)?-([0-9.]+)-[0-9]+", stem
     ):
-        gone = f"{float(share):.0%} pruned" if what == "unstructured" else f"{what}s to {share} of the MACs at most"
+        gone = (
+            f"{float(share):.0%} pruned"
+            if what == "unstructured"
+            else f"{what}s to {share} of the MACs at most"
+        )
         words.append(f"{gone} ({how}, {epochs} epochs)")
     return ", ".join(words)
 
