@@ -13,6 +13,7 @@ from tersor.ondemand.kept import Kept
 from tersor.ondemand.predict import STATIC
 from tersor.ondemand.probe import probed
 from tersor.ondemand.search import LEARNT, Search, facts
+from tersor.search.tradeoff import points
 
 
 def silent(text, share):
@@ -103,5 +104,6 @@ def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
     share = search.predictor.shares()[5]
     monkeypatch.setattr(search.clock, "limit", search.clock.passed + 60)
     monkeypatch.setattr(searching.coding, "seconds_to_code", lambda num_weights: 0.0)
-    search._network(share)
+    (point, *_) = points([search.predictor.form(share)])
+    search._build(1, point, {})
     assert LEARNT in search.found().notes

@@ -15,8 +15,8 @@ Watch = Callable[[str, float], None]  # what is done, and the share of it that i
 @dc.dataclass(frozen=True)
 class Effort:
     """`trains`: by distillation from the original, without labels; where `learns_labels` and there are some, from
-    these, for `trained_share` of the time left: where it is too short to train a second network, the first gets
-    most. `num_calibration` inputs are read to make a model, `num_held` others to judge it; at most `rounds`
+    these. One training takes `trained_share` of the time left (0 where nothing is trained): most of it where a second
+    would not fit. `num_calibration` inputs are read to make a model, `num_held` others to judge it; at most `rounds`
     candidates are built."""
 
     name: str

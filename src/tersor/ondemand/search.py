@@ -314,6 +314,8 @@ class Search:
         if told is None:
             return
         found = measured_before(told["row"], place)
+        if self.labelled and found.choice["epochs"] and LEARNT not in self.notes:
+            self.notes.append(LEARNT)
         ms = self._value(found, "latency_ms")
         self.predictor.correct(point, found, told["network_kl"], ms)
         self._keep(found)
@@ -342,11 +344,8 @@ class Search:
         if share not in self._networks:
             started = self.clock.passed
             wanted = self._wanted(share)
-            made = network(self.original, wanted, self.kept, self.watch)
+            self._networks[share] = network(self.original, wanted, self.kept, self.watch)
             self._making = self.clock.passed - started
-            if made.epochs and wanted.labelled and LEARNT not in self.notes:
-                self.notes.append(LEARNT)
-            self._networks[share] = made
         return self._networks[share]
 
     def _wanted(self, share: float) -> Wanted:
@@ -357,7 +356,6 @@ class Search:
             self.predictor.num_weights(share)
         )
         seconds = self.effort.trained_share * (self.clock.left - reserve)
-        seconds = seconds if self.effort.trains else 0.0
         return Wanted(share, plan, seconds, self.seed, self.labelled)
 
     def _spread(self, share: float) -> bool:
