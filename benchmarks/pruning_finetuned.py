@@ -7,11 +7,12 @@ A form is STRUCTURE/CRITERION/SCOPE/TARGET. TARGET is the share of the weights t
 else the share of the multiplications (macs) that may stay. A fifth part "fit" fits what stays to the outputs of the
 original before training. Structure low_rank makes layers thinner in series: CRITERION is its method, SCOPE size or
 macs. Structure torch_pruning stands for the tool of that name: channels, by its importance CRITERION (magnitude,
-taylor), in scope layer, global or isomorphic. --start is a network of --work, which is pruned further. All forms are
-trained by one loop with one recipe; with --epochs 0 they are judged after batch norm was re-estimated. Networks go to
---work, from where pruning_speed.py takes them. Rows are appended to --out; those that are there stay, and an
-interrupted training goes on from its checkpoint. `right` of a row has a bit for each test image, in hexadecimal
-digits.
+taylor), in scope layer, global or isomorphic. --start is a network of --work, which is pruned further, or with the
+form "as_it_is" trained on. --teachers are .tersor files whose answers together, on an engine, are learnt from in
+place of the float network's. All forms are trained by one loop with one recipe; with --epochs 0 they are judged after
+batch norm was re-estimated. Networks go to --work, from where pruning_speed.py takes them. Rows are appended to --out;
+those that are there stay, and an interrupted training goes on from its checkpoint. `right` of a row has a bit for each
+test image, in hexadecimal digits.
 """
 
 from __future__ import annotations
@@ -84,11 +85,15 @@ def main():
                 splits,
                 recipe,
                 masks=masks,
-                teacher=float_network if recipe.needs_teacher else None,
+                teacher=teacher_of(float_network, splits, options)
+                if recipe.needs_teacher
+                else None,
                 checkpoint=checkpoint,
                 on_progress=tell,
             )
             network = trained.module
+            if options.teachers:
+                row["teachers"] = [pathlib.Path(file).name for file in options.teachers]
             row |= {"recipe": recipe.to_dict(), "seconds_to_train": round(trained.seconds)}
         torch.save(network, work / f"{name}.pt")
         score = score_of(network, splits, options)
@@ -141,8 +146,36 @@ def recipe_of(options):
     )
 
 
+def teacher_of(float_network, splits, options):
+    """The float network, or the files on an engine; those with fewer or more outputs are made to fit it."""
+    if not options.teachers:
+        return float_network
+    with torch.no_grad():
+        outputs = float_network.eval()(torch.zeros(1, *splits.input_shape)).shape[1]
+    return tersor.EngineTeacher([Answers(file, outputs, options) for file in options.teachers])
+
+
+class Answers:
+    """A session of a file whose logits are cut to `outputs`, or filled up with classes that are never meant."""
+
+    engine, never = "openvino", -60.0
+
+    def __init__(self, file, outputs, options):
+        self.threads, self.outputs = options.threads, outputs
+        self.session = tersor.open_session(
+            tersor.load(file), engine=self.engine, threads=options.threads
+        )
+
+    def run(self, batch):
+        logits = self.session.run(batch)[:, : self.outputs]
+        missing = self.outputs - logits.shape[1]
+        return np.pad(logits, ((0, 0), (0, missing)), constant_values=self.never)
+
+
 def changed_by(form, module, splits, inputs, options):
     """The pruned network and its masks (None where parts went)."""
+    if form == "as_it_is":
+        return module, None
     structure, criterion, scope, target, *fit = form.split("/")
     example = torch.zeros(1, *splits.input_shape)
     if structure == "torch_pruning":
@@ -260,6 +293,7 @@ def parsed():
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--distill", type=float, default=0.9)
+    parser.add_argument("--teachers", nargs="+", help=".tersor files to learn from")
     parser.add_argument("--ema-decay", type=float, default=0.995)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=1024, help="images that pruning looks at")

@@ -19,6 +19,7 @@ from typing import Any
 
 _HOMES = {
     "Budget": "specs",
+    "EngineTeacher": "methods.teachers",
     "Factorize": "specs",
     "Finetune": "specs",
     "Plan": "specs",

@@ -2,17 +2,23 @@
 
 import dataclasses as dc
 
+import numpy as np
 import pytest
+import torch
 
+from tersor.artifact import load
+from tersor.engines import open_session
+from tersor.errors import EngineError
 from tersor.methods.prune_family import ChannelFamily
 from tersor.ondemand import build
 from tersor.ondemand import search as searching
 from tersor.ondemand.build import Wanted, example_of
 from tersor.ondemand.effort import EFFORTS, Clock
+from tersor.ondemand.facts import facts
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.predict import STATIC
 from tersor.ondemand.probe import probed
-from tersor.ondemand.search import LEARNT, Search, facts
+from tersor.ondemand.search import LEARNT, TEACHER_KL, Search
 from tersor.search.tradeoff import points
 
 
@@ -107,3 +113,53 @@ def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
     (point, *_) = points([search.predictor.form(share)])
     search._build(1, point, {})
     assert LEARNT in search.found().notes
+
+
+def test_the_teacher_is_the_network_in_integers_while_that_answers_alike(
+    trying, known, original, tmp_path, monkeypatch
+):
+    def search_of(harm_kl):
+        first = dc.replace(known.first, drop=dc.replace(known.first.drop, harm_kl=harm_kl))
+        search = trying({})
+        search.known = dc.replace(known, first=first)
+        return search
+
+    far, near = search_of(2 * TEACHER_KL), search_of(0.5 * TEACHER_KL)
+    share = far.predictor.shares()[5]
+    assert far._wanted(share).teacher is None
+    asked = []
+    real = build.finetune
+
+    def spied(module, splits, spec, *, teacher, **options):
+        asked.append(teacher)
+        return real(module, splits, spec, teacher=teacher, **options)
+
+    monkeypatch.setattr(build, "finetune", spied)
+    wanted = dc.replace(near._wanted(share), train_seconds=2.0)
+    build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
+    images = original.inputs[:8]
+    answers = asked[0](torch.from_numpy(images)).numpy()
+    integers = open_session(load(known.first.path), threads=1).run(images)
+    np.testing.assert_allclose(answers, integers, atol=1e-4)
+    assert len(set(map(type, asked))) == 1
+
+
+@pytest.mark.parametrize("error", [EngineError("no kernel for it"), MemoryError()])
+def test_a_probe_that_fails_is_told_and_another_share_is_taken(trying, known, monkeypatch, error):
+    limit = 0.7 * known.first.costs["latency_ms"]
+    search = trying({"latency_ms": limit})
+    monkeypatch.setattr(search.predictor, "modes", lambda: [STATIC])
+    refused, built = [], []
+
+    def failing_at_first(original, plan, engines, *, seconds):
+        if not refused:
+            refused.append(plan)
+            raise error
+        return 0.9 * limit, 1.0
+
+    monkeypatch.setattr(searching, "probed", failing_at_first)
+    monkeypatch.setattr(search, "_build", lambda number, point, bits: built.append(point))
+    first_choice = search.point()[0].form.choice
+    search.run()
+    assert built and built[0].form.choice != first_choice
+    assert any("of the channels' time failed" in note for note in search.found().notes)

@@ -5,8 +5,9 @@ import dataclasses as dc
 import numpy as np
 import pytest
 
+from tersor.ondemand.facts import facts
 from tersor.ondemand.predict import STATIC, Predictor
-from tersor.ondemand.search import Search, facts
+from tersor.ondemand.search import Search
 
 
 def silent(text, share):

@@ -17,10 +17,10 @@ from tersor.bench.environment import environment
 from tersor.graph.layers import graph_layers
 from tersor.graph.qdq import as_matrix
 from tersor.ondemand.effort import EFFORTS, Clock, Watch
+from tersor.ondemand.facts import Facts, facts
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original, given, measured_original
 from tersor.ondemand.predict import Predictor
-from tersor.ondemand.search import Facts, facts
 from tersor.specs import Budget
 
 HALF = 0.5

@@ -21,9 +21,11 @@ from tersor.engines.load import logits_of
 from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
 from tersor.methods.checkpoint import read_state_, remove_checkpoints, state_bytes, write_state
+from tersor.methods.device import training_device
 from tersor.methods.finetune import finetune
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.restore import restructured
+from tersor.methods.teachers import EngineTeacher
 from tersor.ondemand.effort import Clock, Watch
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original
@@ -75,13 +77,15 @@ class Network:
 @dc.dataclass(frozen=True, eq=False)
 class Wanted:
     """A network to be made: the share of its channels' cost that stays, the plan of what goes (None: nothing), for how
-    long it may learn, and whether from labels."""
+    long it may learn, and whether from labels, else from the original or from `teacher`, the same in integers, which
+    answers sooner."""
 
     share: float
     plan: Plan | None
     train_seconds: float = 0.0
     seed: int = 0
     labelled: bool = False
+    teacher: onnx.ModelProto | None = None
 
     @property
     def request(self) -> dict[str, Any]:
@@ -195,7 +199,7 @@ class _Training:
         """The network trained, and the epochs that these were."""
         splits, seconds = self.original.splits, self.wanted.train_seconds
         recipe = LABELLED if self.wanted.labelled else TRAINING
-        teacher = self.original.module if recipe.needs_teacher else None
+        teacher = self._teacher() if recipe.needs_teacher else None
         batch = min(recipe.batch_size, max(2, len(splits.train) // 4))
         per_epoch = max(1, len(splits.train) // batch)
         short = dc.replace(
@@ -219,6 +223,13 @@ class _Training:
             on_progress=lambda p: self.watch(f"learning: {p}", p.step / p.num_steps),
         )
         return trained.module, epochs
+
+    def _teacher(self) -> nn.Module:
+        """The original; where the processor trains, in integers: the student then has the time that is saved."""
+        answers = self.wanted.teacher
+        if answers is None or training_device().type != "cpu":
+            return self.original.module
+        return EngineTeacher([open_session(answers, threads=self.original.threads)])
 
 
 def _rate(recipe: Finetune, epochs: float, per_epoch: int) -> float:

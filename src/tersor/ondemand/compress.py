@@ -30,10 +30,11 @@ from tersor.ondemand.answer import (
 )
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
+from tersor.ondemand.facts import Facts, facts
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Given, Original, given, measured_original
 from tersor.ondemand.page import tell, write_page
-from tersor.ondemand.search import Facts, Found, Search, facts
+from tersor.ondemand.search import Found, Search
 from tersor.runs import Run, processes
 from tersor.runs.executors import EXECUTORS, open_executor
 from tersor.runs.remaining import duration

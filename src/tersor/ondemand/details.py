@@ -22,10 +22,10 @@ from tersor.methods.bit_options import TRIED_BITS
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.changed import changed
 from tersor.ondemand.effort import Effort
+from tersor.ondemand.facts import Facts
 from tersor.ondemand.histograms import histograms
 from tersor.ondemand.latency import LatencyTable, LayerShape, layer_shapes
 from tersor.ondemand.original import Original
-from tersor.ondemand.search import Facts
 from tersor.specs import Plan
 
 Array = np.ndarray[Any, Any]

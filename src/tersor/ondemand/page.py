@@ -12,8 +12,8 @@ from tersor.errors import RunError, TersorError
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.details import details
 from tersor.ondemand.effort import Effort
+from tersor.ondemand.facts import Facts
 from tersor.ondemand.original import Original
-from tersor.ondemand.search import Facts
 from tersor.report.ondemand import Told, ondemand_page, pictures_in
 
 RESULT, PLAN, DETAILS, PAGE = "result.json", "plan.json", "details.json", "report.html"

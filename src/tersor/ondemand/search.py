@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,9 @@ from typing import Any
 
 import onnx
 
+from tersor.artifact import load
 from tersor.errors import BudgetError, EngineError, ModelError
 from tersor.graph.layers import num_weights
-from tersor.methods.bit_options import BitOptions
-from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.restore import unheld
 from tersor.methods.squeeze_search import Priced
 from tersor.ondemand import coding
@@ -28,23 +28,26 @@ from tersor.ondemand.build import (
 )
 from tersor.ondemand.candidate import Measured, measured, measured_before
 from tersor.ondemand.effort import Effort, Watch
+from tersor.ondemand.facts import Facts
 from tersor.ondemand.front import told_front
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
 from tersor.ondemand.probe import probed
-from tersor.ondemand.trials import bits_tried, channels_tried
 from tersor.runs.executors import Executor, open_executor
 from tersor.search.tradeoff import GOALS, SIZE, Point, best, nearest
 from tersor.specs import Plan
 
 FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop is given
-ENGINES_AT_ONE = ("onnxruntime", "openvino")  # at larger batches all that are here are tried
 SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
 LEARNT = "networks without some channels learnt from the labels of the training part; --no-labels leaves these out"
 AHEAD = 4  # networks that are made at once where there are workers
+TEACHER_KL = (
+    1e-3  # nats: a teacher so near the original is as good, of what a student is to come within
+)
 PROBES = 4  # networks whose time is measured before one of them is made
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
+UNBUILT = (MemoryError, EngineError, ModelError)  # what ends a candidate, not the search
 Record = Callable[[dict[str, Any]], None]
 
 
@@ -65,73 +68,6 @@ class Found:
     axis: str = ""
     layer: str = ""
     notes: tuple[str, ...] = ()
-
-
-@dc.dataclass(frozen=True, eq=False)
-class Facts:
-    """What was measured before the search: the whole network at 8 bits, its channels (priced by time or `by_macs`)
-    and its layers."""
-
-    first: Measured
-    family: ChannelFamily | None
-    bits: Mapping[str, BitOptions]
-    whole: Network
-    notes: tuple[str, ...]
-    by_macs: bool = False
-
-
-def facts(
-    original: Original,
-    effort: Effort,
-    kept: Kept,
-    *,
-    by_macs: bool = False,
-    seed: int = 0,
-    watch: Watch,
-) -> Facts:
-    """Measure what the search rests on. Channels are priced by time, or `by_macs`: small networks spend much of their
-    time on what no channel has part in, so that a share of it says little of their multiplications.
-
-    Raises ModelError where no engine here runs the quantized network rightly.
-    """
-    whole = Network(1.0, original.module, original.graph, None, 0.0)
-    first = _first(original, whole, effort, kept, watch)
-    family, notes = None, []
-    try:
-        family = channels_tried(original, kept, seed, watch, by_macs=by_macs)
-    except ModelError as error:
-        notes.append(f"no channels are removed: {error}")
-
-    bits = bits_tried(original, kept, seed, watch)
-    return Facts(first, family, bits, whole, tuple(notes), by_macs)
-
-
-def _first(
-    original: Original, whole: Network, effort: Effort, kept: Kept, watch: Watch
-) -> Measured:
-    def make(place: pathlib.Path) -> dict[str, Any] | None:
-        started = kept.clock.passed
-        graph, plan = rounded(original, whole, {}, watch)
-        watch("the whole network at 8 bits: file, engines, answers", 0.0)
-        found = measured(
-            original,
-            graph,
-            plan,
-            place / "candidate_0.tersor",
-            {"channels_share": 1.0, "mode": STATIC, "bits": {}},
-            macs=original.costs["macs"],
-            state=unheld(original.module, original.graph),
-            engines=ENGINES_AT_ONE if original.batch == 1 else None,
-            seconds=effort.timing_seconds,
-        )
-        if found is None:
-            raise ModelError(
-                "no engine here computes the quantized network rightly; see tersor benchmark --engine auto"
-            )
-        return dc.replace(found, seconds=kept.clock.passed - started).row()
-
-    row, place = kept.piece("candidate", {"number": 0}, make)
-    return measured_before(row, place)
 
 
 class Search:
@@ -207,7 +143,11 @@ class Search:
             ms, speedup = probed(self.original, plan, self._engines(), seconds=seconds)
             return {"ms": ms, "speedup": speedup}
 
-        told, _ = self.kept.piece("time", {"share": share}, make)
+        try:
+            told, _ = self.kept.piece("time", {"share": share}, make)
+        except UNBUILT as error:
+            self._note_failed(f"{share:.0%} of the channels' time", (share, STATIC), error)
+            return
         relative = self.original.costs["latency_ms"] / told["speedup"]
         self.predictor.hear_time(share, relative if self.relative_latency else told["ms"])
 
@@ -305,11 +245,8 @@ class Search:
         asked = {"number": number, "share": share, "mode": mode, "bits": dict(bits)}
         try:
             told, place = self.kept.piece("candidate", asked, make)
-        except (MemoryError, EngineError, ModelError) as error:
-            self._failed.add(point.form.choice)
-            self.notes.append(
-                f"candidate {number} failed: {str(error) or 'it needs more memory than there is'}"
-            )
+        except UNBUILT as error:
+            self._note_failed(f"candidate {number}", point.form.choice, error)
             return
         if told is None:
             return
@@ -319,6 +256,11 @@ class Search:
         ms = self._value(found, "latency_ms")
         self.predictor.correct(point, found, told["network_kl"], ms)
         self._keep(found)
+
+    def _note_failed(self, what: str, choice: Any, error: BaseException) -> None:
+        """The search goes on without what cannot be built."""
+        self._failed.add(choice)
+        self.notes.append(f"{what} failed: {str(error) or 'it needs more memory than there is'}")
 
     def _coded(
         self, made: Network, point: Point, bits: Mapping[str, int]
@@ -356,7 +298,13 @@ class Search:
             self.predictor.num_weights(share)
         )
         seconds = self.effort.trained_share * (self.clock.left - reserve)
-        return Wanted(share, plan, seconds, self.seed, self.labelled)
+        return Wanted(share, plan, seconds, self.seed, self.labelled, self._teacher)
+
+    @functools.cached_property
+    def _teacher(self) -> onnx.ModelProto | None:
+        """The whole network at 8 bits, where it answers as the original does."""
+        first = self.known.first
+        return load(first.path).to_onnx() if first.drop.harm_kl <= TEACHER_KL else None
 
     def _spread(self, share: float) -> bool:
         """Make the network of `share`, and of those near it that may be next, where the workers are; the prediction
