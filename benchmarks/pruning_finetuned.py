@@ -7,12 +7,13 @@ A form is STRUCTURE/CRITERION/SCOPE/TARGET. TARGET is the share of the weights t
 else the share of the multiplications (macs) that may stay. A fifth part "fit" fits what stays to the outputs of the
 original before training. Structure low_rank makes layers thinner in series: CRITERION is its method, SCOPE size or
 macs. Structure torch_pruning stands for the tool of that name: channels, by its importance CRITERION (magnitude,
-taylor), in scope layer, global or isomorphic. --start is a network of --work, which is pruned further, or with the
-form "as_it_is" trained on. --teachers are .tersor files whose answers together, on an engine, are learnt from in
-place of the float network's. All forms are trained by one loop with one recipe; with --epochs 0 they are judged after
-batch norm was re-estimated. Networks go to --work, from where pruning_speed.py takes them. Rows are appended to --out;
-those that are there stay, and an interrupted training goes on from its checkpoint. `right` of a row has a bit for each
-test image, in hexadecimal digits.
+taylor), in scope layer, global or isomorphic. blocks/NAME+NAME are the residual branches that go, and
+widths/CRITERION/NAME=CHANNELS+.../fit the channels that stay, by the beginning of their layers' names. --start is a
+network of --work, which is pruned further, or with the form "as_it_is" trained on. --teachers are .tersor files whose
+answers together, on an engine, are learnt from in place of the float network's. All forms are trained by one loop
+with one recipe; with --epochs 0 they are judged after batch norm was re-estimated. Networks go to --work, from where
+pruning_speed.py takes them. Rows are appended to --out; those that are there stay, and an interrupted training goes
+on from its checkpoint. `right` of a row has a bit for each test image, in hexadecimal digits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import copy
 import json
 import pathlib
+import re
 import time
 
 import numpy as np
@@ -30,11 +32,15 @@ from torch.nn import functional
 
 import tersor
 from tersor.bench.environment import environment
+from tersor.graph.branches import residual_blocks
+from tersor.graph.coupling import coupled_groups
 from tersor.graph.fold import fold_copies_
 from tersor.methods import prune_structured as structured
 from tersor.methods.prune import Evidence, prune
+from tersor.methods.prune_family import ChannelFamily
 from tersor.specs.prune import MASKED
 
+RANKED_ON = 128  # images, where the channels that stay are numbered
 SLACK = 1.03  # of its target that the other tool may pass
 CLASSIFIERS = {"resnet18": "fc", "vgg16_bn": "classifier.6"}
 
@@ -176,6 +182,8 @@ def changed_by(form, module, splits, inputs, options):
     """The pruned network and its masks (None where parts went)."""
     if form == "as_it_is":
         return module, None
+    if form.startswith(("blocks/", "widths/")):
+        return by_name(form, module, splits, inputs, options), None
     structure, criterion, scope, target, *fit = form.split("/")
     example = torch.zeros(1, *splits.input_shape)
     if structure == "torch_pruning":
@@ -192,6 +200,34 @@ def changed_by(form, module, splits, inputs, options):
     spec = tersor.Prune(macs=float(target), **named)
     plan = structured.plan(module, spec, example, inputs=inputs, seed=options.seed)
     return structured.apply(module, plan, inputs=inputs, seed=options.seed), None
+
+
+def by_name(form, module, splits, inputs, options):
+    """What is named goes: whole residual branches, or all but so many channels of each group."""
+    kind, *parts = form.split("/")
+    example = torch.zeros(1, *splits.input_shape)
+    if kind == "blocks":
+        blocks, gone = residual_blocks(module, example), parts[0].split("+")
+        stay = tuple(f"re:{re.escape(block)}[.].*" for block in blocks if block not in gone)
+        share = len(gone) / len(blocks)
+        plan = structured.plan(
+            module,
+            tersor.Prune(structure="block", sparsity=share, exclude=stay),
+            example,
+            inputs=inputs,
+        )
+        return structured.apply(module, plan, inputs=inputs, seed=options.seed)
+    criterion, named = parts[0], dict(part.split("=") for part in parts[1].split("+"))
+    images = np.concatenate(inputs)[:RANKED_ON]
+    untried = {group.name: ([1], [0.0]) for group in coupled_groups(module, example).groups}
+    family = ChannelFamily(
+        module, images, example, criterion=criterion, harms=untried, seed=options.seed
+    )
+    gone = {}
+    for group in family.ranked.groups:
+        stay = next((int(v) for k, v in named.items() if group.name.startswith(k)), group.num_units)
+        gone[group.name] = np.sort(family.ranked.ranks[group.name][: group.num_units - stay])
+    return structured.apply(module, family.plan(gone), inputs=inputs, seed=options.seed)
 
 
 def largest(attempt, allowed, rounds=8):

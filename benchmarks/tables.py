@@ -474,15 +474,19 @@ def words_of(row):
 def made_by(stem):
     """A network that pruning_finetuned.py named, in words."""
     words = []
-    for what, how, share, epochs in re.findall(
-        r"-([a-z]+)-([a-z]+)-[a-z]+-([0-9.]+)(?:-fit)?-([0-9.]+)-[0-9]+", stem
+    for step in re.findall(
+        r"-((?:as_it_is|blocks|widths|[a-z_]+-[a-z_]+-[a-z]+)[a-z0-9._+=-]*?-[0-9.]+-[0-9]+)(?=-[a-z]|$)",
+        stem,
     ):
-        gone = (
-            f"{float(share):.0%} pruned"
-            if what == "unstructured"
-            else f"{what}s to {share} of the MACs at most"
-        )
-        words.append(f"{gone} ({how}, {epochs} epochs)")
+        how, epochs, _ = step.rsplit("-", 2)
+        kind, *parts = how.removesuffix("-fit").split("-")
+        gone = {
+            "as_it_is": "trained on",
+            "blocks": f"without the blocks {', '.join(parts[:1]).replace('+', ', ')}",
+            "widths": f"channels {', '.join(parts[1:]).replace('+', ', ')} stay ({parts[0] if parts else ''})",
+            "unstructured": f"{float(parts[-1]):.0%} pruned ({parts[0]})" if parts[2:] else "",
+        }.get(kind) or f"{kind}s to {parts[-1]} of the MACs at most ({parts[0]})"
+        words.append(gone if epochs == "0" else f"{gone}, {epochs} epochs")
     return ", ".join(words)
 
 
