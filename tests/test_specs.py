@@ -131,6 +131,7 @@ BAD = [
     (Finetune, "slimming", [-1.0, math.nan, "x"]),
     (Finetune, "stripes", [-1.0, math.inf, "x"]),
     (Finetune, "gradient_topk", [-0.1, 1.0, math.nan]),
+    (Finetune, "eval_mode", ["yes", 1, None]),
 ]
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
 from tersor.cli import main
 from tersor.data import ArraySet, load_data, split
@@ -477,6 +478,61 @@ def test_a_hundredth_of_the_gradients_still_learns_the_digits(digits):
     assert training_accuracy(trained.module, digits, digits.validation) > 0.8
 
 
+# As it will be used
+
+
+def test_a_step_in_eval_mode_follows_the_gradient_of_the_network_as_it_is_used():
+    torch.manual_seed(0)
+    start = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Dropout(0.5), nn.Linear(216, 10)
+    )
+    start[1].running_mean.uniform_(-1, 1)
+    start[1].running_var.uniform_(0.5, 2)
+    spec = dc.replace(BARE, eval_mode=True, schedule="constant", label_smoothing=0.0)
+    learned = finetune(start, SPLITS, spec).module
+    inputs, labels = Batches(SPLITS, spec, torch.device("cpu")).at(0)
+    expected = copy.deepcopy(start).eval()
+    functional.cross_entropy(expected(inputs), labels).backward()
+    for (name, before), after in zip(
+        expected.named_parameters(), learned.parameters(), strict=True
+    ):
+        step = before - spec.learning_rate * before.grad
+        assert not torch.equal(before, after), name
+        torch.testing.assert_close(after.detach(), step.detach(), rtol=1e-5, atol=1e-6)
+    for (name, before), after in zip(start.named_buffers(), learned.buffers(), strict=True):
+        assert torch.equal(before, after), name
+
+
+def test_near_its_teacher_a_network_learns_better_as_it_will_be_used(digits):
+    """A network a little away from its teacher: batches' own statistics are noise larger than what is to learn."""
+    trained = finetune(digits_net(), digits, dc.replace(TINY, epochs=4, batch_size=64)).module
+    moved = copy.deepcopy(trained)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * parameter.std() * noise)
+    spec = dc.replace(
+        TINY, epochs=2, batch_size=64, learning_rate=1e-3, distill=1.0, augment="none"
+    )
+    images = torch.from_numpy(np.concatenate(list(digits.batches(digits.validation, 100))))
+
+    def apart(module):
+        with torch.no_grad():
+            logs = [m.eval()(images).log_softmax(1) for m in (trained, module)]
+        return float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean())
+
+    found = {
+        mode: apart(
+            finetune(moved, digits, dc.replace(spec, eval_mode=mode), teacher=trained).module
+        )
+        for mode in (True, False)
+    }
+    assert found[True] < apart(moved)
+    assert found[True] < found[False]
+
+
 # Resuming
 
 
@@ -493,6 +549,7 @@ OPTIONS = {
     "slimming": dict(slimming=0.01),
     "stripes": dict(stripes=0.01),
     "gradient_topk": dict(gradient_topk=0.05),
+    "eval_mode": dict(eval_mode=True),
     "all": dict(
         hints=0.3, distill=0.5, slimming=1e-3, stripes=1e-3, gradient_topk=0.1, schedule="cosine"
     ),

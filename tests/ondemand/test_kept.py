@@ -10,7 +10,7 @@ import tersor
 from tersor.errors import RunError
 from tersor.methods import prune_family
 from tersor.methods.prune_family import ChannelFamily
-from tersor.ondemand import build, search, trials
+from tersor.ondemand import build, facts, search, trials
 from tersor.ondemand.build import Wanted, example_of
 from tersor.ondemand.effort import EFFORTS, Clock
 from tersor.ondemand.kept import Kept, read_array, write_array
@@ -39,7 +39,8 @@ def test_a_search_that_ended_in_its_first_candidate_goes_on_from_there(net, tmp_
 
         monkeypatch.setattr(module, name, call)
 
-    counted(search, "measured", lambda given: f" {given[3].name}")
+    for each in (facts, search):
+        counted(each, "measured", lambda given: f" {given[3].name}")
     counted(trials, "bit_options")
     counted(prune_family, "group_harms")
     counted(build, "_network", lambda given: f" {given[1].share}")
@@ -91,7 +92,7 @@ def test_a_training_that_was_interrupted_goes_on_from_its_checkpoint(
         family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
         plan = family.plan(family.units(0.5))
         with pytest.raises(KeyboardInterrupt):
-            build.network(original, Wanted(0.5, plan, 1.0), kept, interrupting)
+            build.network(original, Wanted(0.5, plan, 9.0), kept, interrupting)
         assert told == [1]
     with Run(tmp_path) as run:
         kept = Kept(tmp_path, Clock(1.0), run)

@@ -87,7 +87,7 @@ def finetune(
     # A weight that is computed, as fake quantization does, cannot be replaced: its caller folds before.
     computed = any(map(parametrize.is_parametrized, student.modules()))
     folded, small_masks = ([], masks or {}) if computed else fold_copies_(student, example, masks)
-    student = on_device(student, device).train()
+    student = on_device(student, device).train(not spec.eval_mode)
     loop = Loop(student, splits, spec, small_masks, teacher, device, control)
     if not loop.together.processes.alone:
         loop.together.require_same(

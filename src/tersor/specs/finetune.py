@@ -28,6 +28,8 @@ class Finetune(Spec, kind="finetune"):
     `slimming` times the sum of |gamma| of batch norms is added to the loss (Liu 2017), `stripes` times
     the sum of |I| of filter skeletons (Meng 2020). `gradient_topk` is the share of each weight's gradient
     that a step applies, the largest; the rest waits (Lin 2018); 0: all of it.
+    `eval_mode`: layers run as they will be used, batch norms by the statistics they have and nothing
+    dropped. For a network that is near its goal, to which the batches' own statistics are only noise.
     `precision` "bf16" is autocast where the processor has it, else float32, and is reported.
     `compile` "auto" times both forms when the run is long enough to repay compiling.
     """
@@ -55,6 +57,7 @@ class Finetune(Spec, kind="finetune"):
     slimming: float = 0.0
     stripes: float = 0.0
     gradient_topk: float = 0.0
+    eval_mode: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +95,10 @@ class Finetune(Spec, kind="finetune"):
         one_of("finetune.precision", self.precision, ("bf16", "float32"))
         one_of("finetune.compile", self.compile, ("auto", "on", "off"))
         one_of("finetune.schedule", self.schedule, LEARNING_SCHEDULES)
+        require(
+            isinstance(self.eval_mode, bool),
+            f"finetune.eval_mode must be true or false, got {self.eval_mode!r}",
+        )
         require(
             isinstance(self.hint_layers, tuple)
             and all(isinstance(name, str) and name for name in self.hint_layers),
