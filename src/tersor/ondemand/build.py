@@ -61,8 +61,9 @@ LABELLED = dc.replace(TRAINING, learning_rate=0.1, weight_decay=5e-4, distill=0.
 FULL_RATE_EPOCHS = 10  # shorter labelled trainings step more lightly
 NETWORK, STATE = "network", "state.pt"
 SPEED_STEPS = 6  # of training, to learn how many a second there are
-# Rates are halved until so many steps bring a network nearer to the original; half of that one is then as safe as fast.
-TRIAL_STEPS, TRIALS = 20, 6
+# Rates are halved until after so many steps a network is not more than so many times as far from the original as
+# before (too high a rate takes it away faster and faster); half of that one is then as safe as fast.
+TRIAL_STEPS, TRIALS, TRIAL_HARM = 20, 6, 2.0
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -238,9 +239,7 @@ class _Training:
         """Epochs that there is time for, and the rate, by trainings of a few steps."""
         spent = 0.0
         trials, steps = (TRIALS, TRIAL_STEPS) if recipe.eval_mode else (1, SPEED_STEPS)
-        short = dc.replace(
-            recipe, epochs=steps / per_epoch, schedule="constant", warmup=0.0, ema_decay=0.0
-        )
+        short = dc.replace(recipe, epochs=steps / per_epoch)
         for halvings in range(trials):
             rate = recipe.learning_rate / 2**halvings
             self.watch(f"which rate learns: {rate:.2g}", halvings / trials)
@@ -255,11 +254,12 @@ class _Training:
             epochs *= steps / max(found.seconds, 1e-3)
             if not recipe.eval_mode:
                 return epochs, _rate(recipe, epochs, per_epoch)
-            if _judged(self.original, self.wanted, found.module, 0.0).harm_kl < fitted.harm_kl:
+            harm = _judged(self.original, self.wanted, found.module, 0.0).harm_kl
+            if harm < TRIAL_HARM * fitted.harm_kl:
                 return epochs, rate / 2
             if spent > self.wanted.train_seconds:
                 break
-        return 0.0, recipe.learning_rate  # no step of any length helps: it is as near as it comes
+        return 0.0, recipe.learning_rate  # whatever is learnt takes it away
 
     def _teacher(self) -> nn.Module:
         """The original; where the processor trains, in integers: the student then has the time that is saved."""
