@@ -219,8 +219,9 @@ def finetuned(told):
         f"{first['data']}, n = {first['num_samples']:,}, seed {first['seed']}; difference to the float network in "
         "points with its paired 95 % interval. Forms of one number of epochs and one source are trained by the "
         "same loop and recipe. A form is structure/criterion/scope/target (fit: what stays is fitted to "
-        "the original's outputs before); torch_pruning is the tool of that name. MACs and parameters are what is left; "
-        "seconds are those of pruning alone, on one thread beside other work.\n\n"
+        "the original's outputs before); torch_pruning is the tool of that name; blocks/NAMES are residual branches "
+        "that go, widths/criterion/NAME=N the channels that stay; as_it_is trains on. Small networks that answer "
+        "together are those of earlier rows, in int8 on an engine. MACs and parameters are what is left; seconds are those of pruning alone, on one thread beside other work.\n\n"
         + table(
             [
                 "network",
@@ -249,6 +250,8 @@ def teachers(row):
     """What a row was trained from."""
     if "recipe" not in row:
         return "–"
+    if held := row.get("teachers"):
+        return f"answers of {len(held)} small networks, labels"
     return "outputs, labels" if row["recipe"]["distill"] else "labels"
 
 
