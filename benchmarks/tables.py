@@ -221,7 +221,8 @@ def finetuned(told):
         "same loop and recipe. A form is structure/criterion/scope/target (fit: what stays is fitted to "
         "the original's outputs before); torch_pruning is the tool of that name; blocks/NAMES are residual branches "
         "that go, widths/criterion/NAME=N the channels that stay; as_it_is trains on. Small networks that answer "
-        "together are those of earlier rows, in int8 on an engine. MACs and parameters are what is left; seconds are those of pruning alone, on one thread beside other work.\n\n"
+        "together are those of earlier rows, in int8 on an engine. MACs and parameters are what "
+        "is left; seconds are those of pruning alone, on one thread beside other work.\n\n"
         + table(
             [
                 "network",
