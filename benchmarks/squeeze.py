@@ -238,7 +238,7 @@ def fields_of(form):
     """The fields of a Squeeze in "size=500kB,epochs=20"."""
     kinds = {field.name: field.type for field in dc.fields(tersor.Squeeze)} | {"network": "str"}
     read = {"str": str, "float": float, "int": int}
-    pairs = (part.split("=") for part in form.split(","))
+    pairs = (part.split("=", 1) for part in form.split(","))
     return {name: read[kinds[name]](value) for name, value in pairs}
 
 

@@ -19,8 +19,10 @@ from tersor.bench.energy import counted_energy_mj
 from tersor.methods.bit_options import BitOptions
 from tersor.methods.prune_auto import Units
 from tersor.methods.prune_family import ChannelFamily
+from tersor.ondemand.build import LEARNED_BITS
 from tersor.ondemand.candidate import Measured
 from tersor.ondemand.original import Original
+from tersor.search.allocate import Option
 from tersor.search.tradeoff import Form, Point
 
 SHARES = (
@@ -47,8 +49,8 @@ SHARES = (
 NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of the logits
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
 # training; corrected by the first candidate.
-FITTED, TRAINED = 0.4, 0.15
-RATED = 0.4  # of the harm of bits by layer, where codes are chosen by rate and distortion at as many bytes
+FITTED, TRAINED = 0.4, 0.115
+RATED = 0.5  # of the bytes of few bits by layer, where codes are chosen by rate and distortion for as much harm
 STATIC, FLOAT = "static", "weight_only"  # modes: integers, or codes that are computed with in float
 FLOAT_MAY_WIN = 1.5  # times the integers' latency
 FIXED = 0.15  # of a float network's time that channels have no part in
@@ -83,7 +85,8 @@ class Predictor:
     ) -> None:
         self.by_macs = by_macs  # how `family` prices its channels; else in time
         self.original, self.family, self.bits, self.first = original, family, bits, first
-        self.factors = Factors(*((TRAINED, RATED) if trains else (FITTED, 1.0)))
+        self.factors = Factors(TRAINED if trains else FITTED)
+        self.rated = RATED if trains else 1.0
         whole = sum(b.harm_kl[max(b.harm_kl)] for b in bits.values())
         self.activations = max(first.drop.harm_kl - whole, 0.0)
         told = sum(
@@ -149,7 +152,7 @@ class Predictor:
                 latency *= FIXED + (1 - FIXED) * macs
         options = {
             name: [
-                dc.replace(option, cost=option.cost * factors.size)
+                dc.replace(option, cost=option.cost * self._size_of(option))
                 for option in b.options(
                     left.get(f"{name}.weight", b.num_weights), harm_factor=factors.bits
                 )
@@ -172,6 +175,10 @@ class Predictor:
         return Form(
             (share, mode), costs, self.beside, activations + self._channels(share, harm), options
         )
+
+    def _size_of(self, option: Option) -> float:
+        """The bytes in a file over those of the option by itself."""
+        return self.factors.size * (self.rated if int(option.choice) <= LEARNED_BITS else 1.0)
 
     def _channels(self, share: float, raw: float) -> float:
         """What the channels' removal is taken to cost: as measured where that network was made, and else at least
