@@ -27,7 +27,7 @@ from tersor.engines import open_session
 from tersor.errors import BudgetError
 from tersor.pipeline import deployment_graph
 
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino", "openvino_streams")
 EAGER, FLOAT, STOCK, OURS = "PyTorch eager float32", "float32", "static int8", "answer"
 
 
