@@ -42,9 +42,7 @@ FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop i
 SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
 LEARNT = "networks without some channels learnt from the labels of the training part; --no-labels leaves these out"
 AHEAD = 4  # networks that are made at once where there are workers
-TEACHER_KL = (
-    1e-3  # nats: a teacher so near the original is as good, of what a student is to come within
-)
+TEACHER_KL = 1e-3  # nats: a teacher so near the original is as good
 PROBES = 4  # networks whose time is measured before one of them is made
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 UNBUILT = (MemoryError, EngineError, ModelError)  # what ends a candidate, not the search
@@ -302,8 +300,10 @@ class Search:
 
     @functools.cached_property
     def _teacher(self) -> onnx.ModelProto | None:
-        """The whole network at 8 bits, where it answers as the original does."""
+        """The whole network at 8 bits, where it is learnt from and answers as the original does."""
         first = self.known.first
+        if self.labelled or not self.effort.trains:
+            return None
         return load(first.path).to_onnx() if first.drop.harm_kl <= TEACHER_KL else None
 
     def _spread(self, share: float) -> bool:
