@@ -8,7 +8,7 @@ else the share of the multiplications (macs) that may stay. A fifth part "fit" f
 original before training. Structure low_rank makes layers thinner in series: CRITERION is its method, SCOPE size or
 macs. Structure torch_pruning stands for the tool of that name: channels, by its importance CRITERION (magnitude,
 taylor), in scope layer, global or isomorphic. blocks/NAME+NAME are the residual branches that go, and
-widths/CRITERION/NAME=CHANNELS+.../fit the channels that stay, by the beginning of their layers' names. --start is a
+widths/CRITERION/NAME=CHANNELS+.../fit the channels that stay, by their layers' names or the beginning of these. --start is a
 network of --work, which is pruned further, or with the form "as_it_is" trained on. --teachers are .tersor files whose
 answers together, on an engine, are learnt from in place of the float network's. All forms are trained by one loop
 with one recipe; with --epochs 0 they are judged after batch norm was re-estimated. Networks go to --work, from where
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import pathlib
 import re
@@ -41,6 +42,7 @@ from tersor.methods.prune_family import ChannelFamily
 from tersor.specs.prune import MASKED
 
 RANKED_ON = 128  # images, where the channels that stay are numbered
+LONGEST = 190  # characters of a form in a file's name
 SLACK = 1.03  # of its target that the other tool may pass
 CLASSIFIERS = {"resnet18": "fc", "vgg16_bn": "classifier.6"}
 
@@ -80,8 +82,7 @@ def main():
         started = time.perf_counter()
         changed, masks = changed_by(form, base, splits, inputs, options)
         row = key | {"seconds_to_prune": round(time.perf_counter() - started, 1)}
-        name = f"{start or options.model}-{form}-{options.epochs:g}-{options.seed}"
-        name = name.replace("/", "-")
+        name = file_name(start or options.model, form, options)
         checkpoint = work / f"{name}.checkpoint"
         network = tersor.reestimate_batch_norm(changed, inputs)
         if options.epochs:
@@ -130,6 +131,14 @@ def main():
             f"{row['params']:.4f} zeros {row['zeros']:.4f}",
             flush=True,
         )
+
+
+def file_name(base, form, options):
+    """Of a network, without its ending; file systems refuse names of more than 255 characters."""
+    said = form.replace("/", "-")
+    if len(said) > LONGEST:
+        said = f"{said[:LONGEST]}~{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    return f"{base}-{said}-{options.epochs:g}-{options.seed}"
 
 
 def tell(progress):
@@ -225,7 +234,8 @@ def by_name(form, module, splits, inputs, options):
     )
     gone = {}
     for group in family.ranked.groups:
-        stay = next((int(v) for k, v in named.items() if group.name.startswith(k)), group.num_units)
+        begun = (k for k in named if group.name.startswith(k))
+        stay = int(named.get(group.name) or named.get(next(begun, ""), group.num_units))
         gone[group.name] = np.sort(family.ranked.ranks[group.name][: group.num_units - stay])
     return structured.apply(module, family.plan(gone), inputs=inputs, seed=options.seed)
 

@@ -10,8 +10,8 @@ from tersor.engines import open_session
 from tersor.engines.load import logits_of
 from tersor.errors import BudgetError
 from tersor.graph.layers import graph_layers, num_weights
-from tersor.ondemand.build import Network, request_of, rounded
 from tersor.ondemand.coding import bytes_of_scales, coded
+from tersor.ondemand.network import Network, request_of, rounded
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from tersor.errors import RunError
 from tersor.methods import prune_family
 from tersor.methods.prune_family import ChannelFamily
 from tersor.ondemand import build, facts, search, trials
-from tersor.ondemand.build import Wanted, example_of
 from tersor.ondemand.effort import EFFORTS, Clock
 from tersor.ondemand.kept import Kept, read_array, write_array
+from tersor.ondemand.network import Wanted, example_of
 from tersor.ondemand.original import given, measured_original
 from tersor.runs import Run, read_rows
 from tersor.specs import Budget

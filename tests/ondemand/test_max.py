@@ -10,12 +10,12 @@ from tersor.artifact import load
 from tersor.engines import open_session
 from tersor.errors import EngineError
 from tersor.methods.prune_family import ChannelFamily
-from tersor.ondemand import build
+from tersor.ondemand import build, learn
 from tersor.ondemand import search as searching
-from tersor.ondemand.build import Wanted, example_of
 from tersor.ondemand.effort import EFFORTS, Clock
 from tersor.ondemand.facts import facts
 from tersor.ondemand.kept import Kept
+from tersor.ondemand.network import Wanted, example_of
 from tersor.ondemand.predict import STATIC
 from tersor.ondemand.probe import probed
 from tersor.ondemand.search import LEARNT, TEACHER_KL, Search
@@ -83,20 +83,30 @@ def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
     original, labelled, tmp_path, monkeypatch
 ):
     asked = []
-    real = build.finetune
+    real = learn.finetune
 
     def spied(module, splits, spec, **options):
         asked.append((spec.distill, options["teacher"]))
         return real(module, splits, spec, **options)
 
-    monkeypatch.setattr(build, "finetune", spied)
+    monkeypatch.setattr(learn, "finetune", spied)
+    monkeypatch.setattr(learn, "FULL_RATE_EPOCHS", 0.1)
     family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
     plan = family.plan(family.units(0.5))
     wanted = Wanted(0.5, plan, 3.0, labelled=labelled)
     made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     assert made.epochs > 0
-    teacher = None if labelled else original.module
-    assert asked and set(asked) == {(0.0 if labelled else 1.0, teacher)}
+    if labelled:  # half of the time from labels, then besides from what it knows by then
+        assert asked[0] == (0.0, None)
+        assert [distill for distill, _ in asked] == [0.0] * 2 + [0.7] * 2
+        assert made.drop is not None and made.drop.labelled
+        images = torch.from_numpy(original.inputs[:64])
+        with torch.no_grad():
+            taught, taken = asked[-1][1](images).argmax(1), original.module(images).argmax(1)
+        assert (taught == taken).float().mean() > 0.5, "a network of this task is the teacher"
+    else:
+        assert asked and set(asked) == {(1.0, original.module)}
+        assert made.drop is None
 
 
 def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
@@ -108,7 +118,7 @@ def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
     ] == [False] * 4 + [True, False]
     search = trying({}, "max")
     share = search.predictor.shares()[5]
-    monkeypatch.setattr(search.clock, "limit", search.clock.passed + 60)
+    monkeypatch.setattr(search.clock, "limit", search.clock.passed + 10)
     monkeypatch.setattr(searching.coding, "seconds_to_code", lambda num_weights: 0.0)
     (point, *_) = points([search.predictor.form(share)])
     search._build(1, point, {})
@@ -128,13 +138,13 @@ def test_the_teacher_is_the_network_in_integers_while_that_answers_alike(
     share = far.predictor.shares()[5]
     assert far._wanted(share).teacher is None
     asked = []
-    real = build.finetune
+    real = learn.finetune
 
     def spied(module, splits, spec, *, teacher, **options):
         asked.append(teacher)
         return real(module, splits, spec, teacher=teacher, **options)
 
-    monkeypatch.setattr(build, "finetune", spied)
+    monkeypatch.setattr(learn, "finetune", spied)
     wanted = dc.replace(near._wanted(share), train_seconds=2.0)
     build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     images = original.inputs[:8]

@@ -20,8 +20,8 @@ from tersor.methods.small_graph import small_graph
 from tersor.methods.squeeze import Calibration, CodedNetwork
 from tersor.methods.squeeze_search import Coder, Priced, code_to_size
 from tersor.methods.steps import augmented
-from tersor.ondemand.build import Network, batches_of
 from tersor.ondemand.effort import Watch
+from tersor.ondemand.network import Network, batches_of
 from tersor.ondemand.original import Original
 from tersor.specs import LayerPlan, Plan, Quantize
 

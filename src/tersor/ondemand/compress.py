@@ -29,6 +29,7 @@ from tersor.ondemand.answer import (
     write_json,
 )
 from tersor.ondemand.candidate import Measured
+from tersor.ondemand.depth import shallower
 from tersor.ondemand.effort import Clock, Effort, Watch, effort_of
 from tersor.ondemand.facts import Facts, facts
 from tersor.ondemand.kept import Kept
@@ -135,7 +136,7 @@ def compress(
             answer = _predicted(original, known, search, limits, clock)
             write_json(directory / PLAN, {"predicted": True, **answer.to_dict()})
             return answer
-        found = search.run()
+        found = shallower(search).run()
         watch("writing the answer", 0.0)
         answer = _written(original, found, directory, clock)
         _record(run, {"step": "answer", "met": found.met, **answer.to_dict()})

@@ -26,7 +26,7 @@ from tersor.ondemand.facts import Facts
 from tersor.ondemand.histograms import histograms
 from tersor.ondemand.latency import LatencyTable, LayerShape, layer_shapes
 from tersor.ondemand.original import Original
-from tersor.specs import Plan
+from tersor.specs import LayerPlan, Plan
 
 Array = np.ndarray[Any, Any]
 ENERGY_SECONDS = 1.0
@@ -97,7 +97,7 @@ def _layers(
     rows = []
     for layer in graph_layers(original.graph):
         old, new = before[layer.weight], weights.get(layer.weight)
-        plan = plans.get(layer.name)
+        plan = plans.get(layer.name) or _block_of(layer.name, best.plan)
         options = known.bits.get(layer.name)
         bits = plan.bits if plan is not None and plan.action != "keep" else 32
         kept = None if new is None else _widths(new, layer)
@@ -105,7 +105,7 @@ def _layers(
             "layer": layer.name,
             "op": layer.op,
             "action": plan.action if plan is not None else "keep",
-            "reason": plan.reason if plan is not None else "the plan does not name it",
+            "reason": _reason(layer.name, plan),
             "bits": bits,
             "inputs": None if kept is None else kept[0],
             "inputs_before": _widths(old, layer)[0],
@@ -136,6 +136,18 @@ def _widths(weight: Array, layer: GraphLayer) -> tuple[int, int]:
 def _decisions(plan: Plan) -> dict[str, Any]:
     """The last decision on each layer: that of the codes."""
     return {each.layer: each for each in plan.layers}
+
+
+def _block_of(layer: str, plan: Plan) -> LayerPlan | None:
+    """The decision by which the block went that `layer` was in; None where none did."""
+    lines = (line for held in plan.earlier for line in held.layers if line.action == "bypass")
+    return next((line for line in lines if layer.startswith(f"{line.layer}.")), None)
+
+
+def _reason(layer: str, decision: LayerPlan | None) -> str:
+    if decision is None:
+        return "the plan does not name it"
+    return f"its block {decision.layer} went" if decision.action == "bypass" else decision.reason
 
 
 def _sizes(held: Artifact, names: list[str]) -> dict[str, int]:

@@ -11,11 +11,11 @@ from tersor.errors import ModelError
 from tersor.methods.bit_options import BitOptions
 from tersor.methods.prune_family import ChannelFamily
 from tersor.methods.restore import unheld
-from tersor.ondemand.build import Network, rounded
 from tersor.ondemand.candidate import Measured, measured, measured_before
 from tersor.ondemand.effort import Effort, Watch
 from tersor.ondemand.kept import Kept
-from tersor.ondemand.original import Original
+from tersor.ondemand.network import Network, rounded
+from tersor.ondemand.original import Original, macs_of
 from tersor.ondemand.predict import STATIC
 from tersor.ondemand.trials import bits_tried, channels_tried
 
@@ -49,7 +49,7 @@ def facts(
 
     Raises ModelError where no engine here runs the quantized network rightly.
     """
-    whole = Network(1.0, original.module, original.graph, None, 0.0)
+    whole = Network(1.0, original.module, original.graph, original.gone, 0.0)
     first = _first(original, whole, effort, kept, watch)
     family, notes = None, []
     try:
@@ -74,7 +74,7 @@ def _first(
             plan,
             place / "candidate_0.tersor",
             {"channels_share": 1.0, "mode": STATIC, "bits": {}},
-            macs=original.costs["macs"],
+            macs=macs_of(original.graph),
             state=unheld(original.module, original.graph),
             engines=ENGINES_AT_ONE if original.batch == 1 else None,
             seconds=effort.timing_seconds,

@@ -25,13 +25,24 @@ class Kept:
     What a piece took when it was made counts on `clock`, also where it was there already.
     """
 
-    def __init__(self, directory: pathlib.Path, clock: Clock, run: Run | None = None) -> None:
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        clock: Clock,
+        run: Run | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.directory, self.clock, self.run = directory, clock, run
+        self.about = dict(about or {})
+
+    def of(self, **about: Any) -> Kept:
+        """The pieces that belong to what is told `about` them: others than those of the same name and request here."""
+        return Kept(self.directory, self.clock, self.run, {**self.about, **about})
 
     def piece(self, name: str, request: Mapping[str, Any], make: Make) -> tuple[Any, pathlib.Path]:
         """What `make` gives (anything JSON holds), made once for `name` and `request`, and the directory of its files,
         which `make` is given."""
-        made = False
+        made, request = False, {**self.about, **request}
 
         def timed(place: pathlib.Path) -> dict[str, Any]:
             nonlocal made
@@ -52,7 +63,8 @@ class Kept:
 
     def held(self, name: str, request: Mapping[str, Any]) -> bool:
         """Whether the piece is there."""
-        return self.run is not None and (self.run.place(name, request) / RESULT).exists()
+        asked = {**self.about, **request}
+        return self.run is not None and (self.run.place(name, asked) / RESULT).exists()
 
     def check(self) -> None:
         """Raise KeyboardInterrupt where Ctrl-C came: what is done is kept."""

@@ -27,12 +27,13 @@ from tersor.errors import DataError, SpecError
 from tersor.graph.fold import fold_copies_
 from tersor.graph.layers import graph_layers
 from tersor.methods.prune_structured import require_finite
+from tersor.methods.restore import restructured
 from tersor.methods.synthesize import synthetic_inputs
 from tersor.models import load_model
 from tersor.ondemand.effort import Effort, Watch
 from tersor.ondemand.kept import Kept, read_array, write_array
 from tersor.pipeline import deployment_graph
-from tersor.specs import Budget
+from tersor.specs import Budget, Plan
 
 FloatArray = npt.NDArray[np.float32]
 EAGER, FLOAT = "PyTorch eager float32", "ONNX Runtime float32"
@@ -49,7 +50,8 @@ class Original:
     other ones, judge, with `labels` where these are used, and `logits` are the original's on them. `costs` holds
     size_bytes (its weights and buffers in float32), latency_ms (PyTorch eager float32), macs and energy_mj;
     `engine_ms` is the float graph's time on ONNX Runtime. `data` says in words what inputs these are; `notes` what
-    a reader must know.
+    a reader must know. Where blocks went before a search, `gone` is their plan, `module` and `graph` are without them,
+    and `given` is the network with them.
     """
 
     module: nn.Module
@@ -68,6 +70,19 @@ class Original:
     folded: tuple[str, ...]
     notes: tuple[str, ...]
     by_estimate: bool = False
+    given: nn.Module | None = None
+    gone: Plan | None = None
+
+    @property
+    def eager(self) -> nn.Module:
+        """The network as it was given, which all times are compared with."""
+        return self.module if self.given is None else self.given
+
+    def without(self, gone: Plan) -> Original:
+        """The same to compare with, but a search starts from the network without the blocks that `gone` removes."""
+        module = restructured(self.eager, gone)
+        graph = deployment_graph(module, self.input_shape)
+        return dc.replace(self, module=module, graph=graph, given=self.eager, gone=gone)
 
     def judged_pt(self, drop: Drop) -> float:
         """What a budget's drop is held against: see Drop.judged_pt; `by_estimate` takes the estimate."""
@@ -148,7 +163,7 @@ def measured_original(
     times, place = kept.piece("original", {}, run)
     tensors = [*module.parameters(), *module.buffers()]
     size = 4.0 * sum(t.numel() for t in tensors if t.is_floating_point())
-    macs = float(sum(layer.macs for layer in graph_layers(graph)))
+    macs = macs_of(graph)
     costs = {
         "size_bytes": size,
         "latency_ms": times["latency_ms"],
@@ -173,6 +188,11 @@ def measured_original(
         folded,
         notes,
     )
+
+
+def macs_of(graph: onnx.ModelProto) -> float:
+    """Multiplications of one run on one input."""
+    return float(sum(layer.macs for layer in graph_layers(graph)))
 
 
 def _module(model: nn.Module | str, weights: Any, num_classes: int | None, seed: int) -> nn.Module:

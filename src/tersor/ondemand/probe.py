@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tersor.bench.timing import time_apart
 from tersor.engines import open_session
 from tersor.methods.restore import restructured
-from tersor.ondemand.build import Network, rounded
 from tersor.ondemand.effort import Watch
+from tersor.ondemand.network import Network, rounded
 from tersor.ondemand.original import EAGER, Original
 from tersor.pipeline import deployment_graph
 from tersor.specs import Plan
@@ -35,7 +35,7 @@ def probed(
     sessions = {
         engine: open_session(small, engine=engine, threads=original.threads) for engine in engines
     }
-    eager = open_session(original.module, engine="torch", threads=original.threads)
+    eager = open_session(original.eager, engine="torch", threads=original.threads)
     times = time_apart(
         {EAGER: eager, **sessions}, original.input_shape, original.batch, seconds=seconds
     )

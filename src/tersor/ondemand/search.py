@@ -17,20 +17,13 @@ from tersor.graph.layers import num_weights
 from tersor.methods.restore import unheld
 from tersor.methods.squeeze_search import Priced
 from tersor.ondemand import coding
-from tersor.ondemand.build import (
-    Network,
-    Wanted,
-    few_bits,
-    network,
-    networks_elsewhere,
-    request_of,
-    rounded,
-)
+from tersor.ondemand.build import drop_told, network, networks_elsewhere, told_of
 from tersor.ondemand.candidate import Measured, measured, measured_before
 from tersor.ondemand.effort import Effort, Watch
 from tersor.ondemand.facts import Facts
 from tersor.ondemand.front import told_front
 from tersor.ondemand.kept import Kept
+from tersor.ondemand.network import Network, Wanted, few_bits, request_of, rounded
 from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
 from tersor.ondemand.probe import probed
@@ -44,6 +37,7 @@ LEARNT = "networks without some channels learnt from the labels of the training 
 AHEAD = 4  # networks that are made at once where there are workers
 TEACHER_KL = 1e-3  # nats: a teacher so near the original is as good
 PROBES = 4  # networks whose time is measured before one of them is made
+BY_CHANNELS = ("latency_ms", "macs", "energy_mj")
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 UNBUILT = (MemoryError, EngineError, ModelError)  # what ends a candidate, not the search
 Record = Callable[[dict[str, Any]], None]
@@ -84,6 +78,8 @@ class Search:
         workers: Executor | None = None,
         record: Record = lambda row: None,
         watch: Watch,
+        made: Sequence[Measured] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.original, self.known, self.asked, self.effort = original, known, asked, effort
         self.kept, self.clock, self.seed = kept, kept.clock, seed
@@ -96,18 +92,42 @@ class Search:
             known.bits,
             known.first,
             trains=effort.trains,
+            labelled=self.labelled,
             by_macs=known.by_macs,
         )
-        self.made: list[Measured] = []
+        self.made: list[Measured] = list(made)
         self.workers = workers or open_executor("local")
         self._spread_out: set[float] = set()  # shares whose networks the workers made
         self._networks: dict[float, Network] = {1.0: known.whole}
         self._priced: dict[float, Priced] = {}
         self._making = 0.0  # seconds of the last build that its network took, with its training
-        self.notes = list(known.notes)
+        self.notes = [*notes, *known.notes]
         self._failed: set[Any] = set()  # forms that could not be built
         self._missed: set[Any] = set()  # forms whose nearest point was built, where nothing fits
-        self._keep(known.first)
+        if not made:
+            self._keep(known.first)
+
+    def from_(self, original: Original, known: Facts, kept: Kept, note: str) -> Search:
+        """The same search from another start; what was made stays."""
+        return Search(
+            original,
+            known,
+            self.asked,
+            self.effort,
+            kept,
+            relative_latency=self.relative_latency,
+            seed=self.seed,
+            workers=self.workers,
+            record=self.record,
+            watch=self.watch,
+            made=self.made,
+            notes=[*self.notes, note],
+        )
+
+    def out_of_reach(self) -> str:
+        """The axis of the budget, of those that the channels decide, that no share of them keeps; "" where one does."""
+        axis = self._timed_point()[1]
+        return axis if axis in BY_CHANNELS else ""
 
     def point(self) -> tuple[Point, str]:
         """What the search would build next, by prediction; and the axis that it passes, "" where none."""
@@ -138,7 +158,7 @@ class Search:
 
         def make(_: pathlib.Path) -> dict[str, float]:
             seconds = self.effort.timing_seconds
-            ms, speedup = probed(self.original, plan, self._engines(), seconds=seconds)
+            ms, speedup = probed(self.original, plan, self.engines(), seconds=seconds)
             return {"ms": ms, "speedup": speedup}
 
         try:
@@ -228,17 +248,17 @@ class Search:
                 graph,
                 plan,
                 place / f"candidate_{number}.tersor",
-                {"channels_share": share, "mode": mode, "bits": dict(bits), "epochs": made.epochs},
+                self.predictor.choice(share, mode, bits) | {"epochs": made.epochs},
                 macs=point.form.costs["macs"],
                 state=unheld(made.module, made.graph),
-                engines=self._engines() if mode == STATIC else ["onnxruntime"],
+                engines=self.engines() if mode == STATIC else ["onnxruntime"],
                 seconds=self.effort.timing_seconds,
                 quick_coding=not by_rate,
             )
             if found is None:
                 return None
             row = dc.replace(found, seconds=self.clock.passed - started).row()
-            return {"row": row, "network_kl": made.harm_kl}
+            return {"row": row, "network": told_of(made)}
 
         asked = {"number": number, "share": share, "mode": mode, "bits": dict(bits)}
         try:
@@ -252,8 +272,13 @@ class Search:
         if self.labelled and found.choice["epochs"] and LEARNT not in self.notes:
             self.notes.append(LEARNT)
         ms = self._value(found, "latency_ms")
-        self.predictor.correct(point, found, told["network_kl"], ms)
+        self.predictor.correct(point, found, self._harm(told["network"]), ms)
         self._keep(found)
+
+    def _harm(self, told: Mapping[str, Any]) -> float:
+        """Of a network: its distance from the original, or where it learnt from labels one that loses as much."""
+        drop = drop_told(told)
+        return float(told["harm_kl"]) if drop is None else self.predictor.harm_like(drop)
 
     def _note_failed(self, what: str, choice: Any, error: BaseException) -> None:
         """The search goes on without what cannot be built."""
@@ -292,6 +317,8 @@ class Search:
         family, (units, _) = self.known.family, self.predictor.units(share)
         gone = any(len(held) for held in units.values())
         plan = family.plan(units) if family is not None and gone else None
+        if plan is not None and self.original.gone is not None:
+            plan = plan.after((self.original.gone,))
         reserve = 3 * self.known.first.seconds + coding.seconds_to_code(
             self.predictor.num_weights(share)
         )
@@ -319,12 +346,13 @@ class Search:
         found, problems = networks_elsewhere(
             self.original, wanted, self.kept, self.workers, self.watch
         )
-        for each, harm in sorted(found.items(), reverse=True):
-            self.predictor.hear_network(each, harm)
+        for each, told in sorted(found.items(), reverse=True):
+            self.predictor.hear_network(each, self._harm(told))
         self.notes += problems
         return True
 
-    def _engines(self) -> list[str]:
+    def engines(self) -> list[str]:
+        """Those that are worth timing here."""
         times = self.known.first.engines_ms
         limit = SLOWER * min(times.values())
         return [engine for engine, ms in times.items() if ms <= limit]

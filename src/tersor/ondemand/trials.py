@@ -7,10 +7,10 @@ from typing import Any
 
 from tersor.methods.bit_options import BitOptions, bit_options
 from tersor.methods.prune_family import ChannelFamily, Harms
-from tersor.ondemand.build import example_of
 from tersor.ondemand.effort import Watch
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.latency import LatencyTable, time_cost
+from tersor.ondemand.network import example_of
 from tersor.ondemand.original import Original
 
 FAMILY_IMAGES = 128  # on which channels are tried

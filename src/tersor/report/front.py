@@ -88,10 +88,13 @@ def models(told: Told) -> list[Model]:
 
 
 def choice_words(choice: Json) -> str:
-    """What the search had chosen: "channels with 95 % of their time, 7.6 bits on average"."""
+    """What the search had chosen: "channels with 95 % of their time, 7.6 bits on average". Of what is left where whole
+    blocks went, which are named."""
     bits = list(choice.get("bits", {}).values())
     share = choice.get("channels_share", 1.0)
     parts = ["all channels" if share >= 1 else f"channels with {percent(share, 0)} % of their time"]
+    if gone := choice.get("without"):
+        parts.insert(0, f"without {', '.join(gone)}")
     if bits:
         parts.append(f"{sum(bits) / len(bits):.1f} bits on average")
     else:
