@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
+JOBS ?= 2 # tests at once, each on one thread; a file's tests stay together
 
 .PHONY: demo test test-slow lint results clean
 
@@ -10,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tersor demo --out runs/demo
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
