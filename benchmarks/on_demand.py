@@ -76,6 +76,7 @@ def parsed():
     parser.add_argument("--size", default="")
     parser.add_argument("--latency", default="")
     parser.add_argument("--drop", type=float)
+    parser.add_argument("--batch", type=int, default=1, help="of the budget's latency")
     parser.add_argument("--no-labels", dest="labels", action="store_false")
     parser.add_argument("--network")
     parser.add_argument("--threads", type=int, default=2)
@@ -85,7 +86,9 @@ def parsed():
 
 def budget_of(options):
     asked = {"size": options.size, "latency": options.latency, "drop": options.drop}
-    return {name: value for name, value in asked.items() if value}
+    return {name: value for name, value in asked.items() if value} | (
+        {"batch": options.batch} if options.batch > 1 else {}
+    )
 
 
 def answer(options):
@@ -111,6 +114,7 @@ def answer(options):
     found = {name: told[name] for name in keep}
     found["share"] = told["choice"]["channels_share"]
     found["epochs"] = told["choice"].get("epochs", 0.0)
+    found["without"] = told["choice"].get("without", [])
     return {"asked_and_told": found, "labels": options.labels, "size_bytes": told["size_bytes"]}, (
         out / ("model.tersor" if told["met"] else "nearest.tersor")
     )

@@ -479,7 +479,7 @@ def made_by(stem):
     """A network that pruning_finetuned.py named, in words."""
     words = []
     for step in re.findall(
-        r"-((?:as_it_is|blocks|widths|[a-z_]+-[a-z_]+-[a-z]+)[a-z0-9._+=-]*?-[0-9.]+-[0-9]+)(?=-[a-z]|$)",
+        r"-((?:as_it_is|blocks|widths|[a-z_]+-[a-z_]+-[a-z]+)[a-z0-9._+=~-]*?-[0-9.]+-[0-9]+)(?=-[a-z]|$)",
         stem,
     ):
         how, epochs, _ = step.rsplit("-", 2)

@@ -10,7 +10,7 @@ from torch import nn
 import tersor
 from tersor.artifact import load
 from tersor.engines import open_session
-from tersor.ondemand import depth, search
+from tersor.ondemand import depth, learn, search
 from tersor.ondemand.depth import shallower
 from tersor.ondemand.details import details
 from tersor.ondemand.effort import EFFORTS, Clock, effort_of
@@ -18,7 +18,9 @@ from tersor.ondemand.facts import facts
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.original import given, macs_of, measured_original
 from tersor.ondemand.search import Search
+from tersor.report.costs import choice_line
 from tersor.report.front import choice_words
+from tersor.runs import Run
 
 
 def silent(text, share):
@@ -80,6 +82,12 @@ def trying(original, known, tmp_path):
 
 
 @pytest.fixture
+def run(tmp_path):
+    with Run(tmp_path / "run") as held:
+        yield held
+
+
+@pytest.fixture
 def beyond(original, known):
     """Multiplications that the narrowest network has too many of, and has no more without its largest block."""
     narrow = known.family.macs(known.family.ranked.at(1.0))
@@ -131,13 +139,18 @@ def test_for_time_the_block_goes_without_which_the_narrowest_is_fastest(trying, 
 
 
 def test_a_model_without_blocks_is_whole_in_file_page_and_class(
-    trying, beyond, deep, original, known, splits, monkeypatch, tmp_path
+    trying, beyond, original, known, splits, run, monkeypatch
 ):
     monkeypatch.setattr(search.coding, "seconds_to_code", lambda num_weights: 0.0)
-    found = shallower(trying(beyond))
+    monkeypatch.setattr(learn, "FULL_RATE_EPOCHS", 0.1)
+    start = trying(beyond)
+    run.begin(test="depth")
+    start.kept.run = run
+    found = shallower(start)
     monkeypatch.setattr(found.clock, "limit", found.clock.passed + 15)
     answer = found.run().answer
     assert answer.choice["without"] == ["wide"] and answer.choice["epochs"] > 0
+    assert "epochs on labels" in choice_line(answer.choice)
     assert answer.costs["macs"] <= beyond["macs"]
     assert choice_words(answer.choice).startswith("without wide, ")
     held = load(answer.path)
@@ -154,3 +167,4 @@ def test_a_model_without_blocks_is_whole_in_file_page_and_class(
     (row,) = [row for row in told["layers"] if row["layer"] == "wide.conv"]
     assert row["action"] == "bypass" and row["reason"] == "its block wide went"
     assert row["weights"] is None and row["weights_before"] == 9 * 32 * 32
+    assert row["bits"] is None, "nothing is left that has bits"

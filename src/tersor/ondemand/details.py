@@ -99,6 +99,7 @@ def _layers(
         old, new = before[layer.weight], weights.get(layer.weight)
         plan = plans.get(layer.name) or _block_of(layer.name, best.plan)
         options = known.bits.get(layer.name)
+        gone = plan is not None and plan.action == "bypass"
         bits = plan.bits if plan is not None and plan.action != "keep" else 32
         kept = None if new is None else _widths(new, layer)
         row = {
@@ -106,7 +107,7 @@ def _layers(
             "op": layer.op,
             "action": plan.action if plan is not None else "keep",
             "reason": _reason(layer.name, plan),
-            "bits": bits,
+            "bits": None if gone else bits,
             "inputs": None if kept is None else kept[0],
             "inputs_before": _widths(old, layer)[0],
             "outputs": None if kept is None else kept[1],

@@ -94,7 +94,7 @@ def _from_labels(
         remove_checkpoints(place)
         return spent
 
-    spent, place = kept.piece("first half", wanted.request, first)
+    spent, place = kept.piece("first_half", wanted.request, first)
     module = copy.deepcopy(made.module)
     read_state_(place / STATE, module)
     half = judged(original, wanted, module, spent)

@@ -115,7 +115,9 @@ class Predictor:
     def shares(self) -> list[float]:
         """The shares of the channels' cost that can be had, from all down."""
         least = 1.0 if self.family is None else self.family.least_share
-        return [share for share in SHARES if share == 1 or share > least]
+        # All of a network without blocks is none that answers: it would have to learn, and is out of reach anyway.
+        whole = self.original.gone is None or self.family is None
+        return [share for share in SHARES if (share == 1 and whole) or 1 > share > least]
 
     def units(self, share: float) -> tuple[Units, float]:
         """What goes at that share, and the harm of it without any recovery."""

@@ -248,7 +248,8 @@ class Search:
                 graph,
                 plan,
                 place / f"candidate_{number}.tersor",
-                self.predictor.choice(share, mode, bits) | {"epochs": made.epochs},
+                self.predictor.choice(share, mode, bits)
+                | {"epochs": made.epochs, "labels": made.drop is not None},
                 macs=point.form.costs["macs"],
                 state=unheld(made.module, made.graph),
                 engines=self.engines() if mode == STATIC else ["onnxruntime"],
@@ -316,9 +317,10 @@ class Search:
     def _wanted(self, share: float) -> Wanted:
         family, (units, _) = self.known.family, self.predictor.units(share)
         gone = any(len(held) for held in units.values())
-        plan = family.plan(units) if family is not None and gone else None
-        if plan is not None and self.original.gone is not None:
-            plan = plan.after((self.original.gone,))
+        before = self.original.gone
+        plan = family.plan(units) if family is not None and (gone or before) else None
+        if plan is not None and before is not None:
+            plan = plan.after((before,))
         reserve = 3 * self.known.first.seconds + coding.seconds_to_code(
             self.predictor.num_weights(share)
         )

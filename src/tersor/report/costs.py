@@ -143,9 +143,8 @@ def choice_line(choice: Json) -> str:
 
     said = choice_words(choice)
     epochs = choice.get("epochs") or 0
-    return (
-        f"{said}, trained for {digits(epochs)} epochs on the original's answers" if epochs else said
-    )
+    source = "labels" if choice.get("labels") else "the original's answers"
+    return f"{said}, trained for {digits(epochs)} epochs on {source}" if epochs else said
 
 
 def budget_table(told: Told) -> Table:

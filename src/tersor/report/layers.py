@@ -63,7 +63,7 @@ def layers_html(told: Told) -> str:
 
 def _measures(tried: int) -> tuple[Measure, ...]:
     return (
-        Measure("bits a weight", "", lambda r: r["bits"], lambda r: str(r["bits"]), 32.0),
+        Measure("bits a weight", "", lambda r: r["bits"], _bits_words, 32.0),
         Measure("outputs kept", "", _kept, _width_words, 1.0),
         Measure("weights not 0", "", lambda r: r["density"], _density_words, 1.0),
         Measure("in the file", "", lambda r: r["size_bytes"], lambda r: decimal(r["size_bytes"])),
@@ -77,20 +77,26 @@ def _measures(tried: int) -> tuple[Measure, ...]:
     )
 
 
+def _bits_words(row: Json) -> str:
+    return "left out" if row["bits"] is None else str(row["bits"])
+
+
 def _kept(row: Json) -> float | None:
     return None if row["outputs"] is None else float(row["outputs"] / row["outputs_before"])
 
 
 def _width_words(row: Json) -> str:
     if row["outputs"] is None:
-        return MISSING
+        return MISSING if row["bits"] is not None else NONE
     if row["outputs"] == row["outputs_before"]:
         return f"all {row['outputs']:,}"
     return f"{row['outputs']:,} of {row['outputs_before']:,}"
 
 
 def _density_words(row: Json) -> str:
-    return MISSING if row["density"] is None else f"{percent(row['density'], 1)} %"
+    if row["density"] is None:
+        return MISSING if row["bits"] is not None else NONE
+    return f"{percent(row['density'], 1)} %"
 
 
 def _cell(measure: Measure, row: Json, top: float) -> str:

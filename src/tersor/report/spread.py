@@ -40,7 +40,7 @@ def _chosen(told: Told, rows: Sequence[Json]) -> set[int]:
 
     def rank(number: int) -> tuple[float, float, int]:
         held = facts.get(rows[number]["layer"], {})
-        return held.get("bits", 32), -(held.get("harm_tried_kl") or 0.0), number
+        return held.get("bits") or 32, -(held.get("harm_tried_kl") or 0.0), number
 
     return set(sorted(range(len(rows)), key=rank)[:OPEN])
 
