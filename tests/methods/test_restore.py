@@ -130,6 +130,28 @@ def test_a_pruned_and_quantized_file_goes_back_into_the_users_class(spec, tmp_pa
         assert np.abs(held - given).max() <= np.abs(given).max() / 127
 
 
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("coded", [False, True])
+def test_without_a_plan_the_shapes_tell_how_narrow_a_network_is(folded, coded):
+    from tersor.pipeline import deployment_graph
+
+    small, _ = removed(trained())
+    graph = (
+        deployment_graph(small, SHAPE, fold_copies=False) if folded else export_onnx(small, SHAPE)
+    )
+    if coded:
+        graph = quantize(graph, Quantize(mode="weight_only", bits=8), [images(16)]).graph
+    found = restore(file_of(graph), Block(), inputs=[images(32)])
+    assert {k: v.shape for k, v in found.state_dict().items()} == {
+        k: v.shape for k, v in small.state_dict().items()
+    }
+    expected = logits(small, images(8))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+        logits(found, images(8)), expected, atol=(0.05 if coded else 1e-3) * scale
+    )
+
+
 def test_plans_keep_their_order():
     small, first = removed(trained())
     second = quantize(export_onnx(small, SHAPE), Quantize(mode="dynamic")).plan.after((first,))

@@ -19,13 +19,13 @@ from tersor.engines.load import available_cpus
 from tersor.engines.onnxruntime import inference_session
 from tersor.errors import DataError, ModelError
 from tersor.graph.constants import Array, codes_activations, constant_values, right_factors
-from tersor.graph.fold import fold_copies_, unfold_copies_
-from tersor.graph.layers import WEIGHT_LAYERS
+from tersor.graph.fold import FoldedCopies, fold_copies_, unfold_copies_
+from tersor.graph.layers import WEIGHT_LAYERS, weight_layers
 from tersor.graph.stripes import whole_kernels
 from tersor.graph.surgery import removed
 from tersor.methods.factorize import restructured as factorized
 from tersor.methods.share import restructured as shared
-from tersor.specs import Plan, from_dict
+from tersor.specs import LayerPlan, Plan, from_dict
 
 FloatArray = npt.NDArray[np.float32]
 TOLERANCE = 1e-3  # of the logits' size: rounding of float32 in another order
@@ -37,7 +37,8 @@ def restore(
     artifact: Artifact, module: nn.Module, *, inputs: Iterable[FloatArray] | None = None
 ) -> nn.Module:
     """A copy of `module`, a fresh instance of the network's class, as the file holds it: smaller
-    where its plans removed or factorized, with its (decoded) weights.
+    where its plans removed or factorized, with its (decoded) weights. Where no plan tells of
+    channels that are gone, the shapes in the file do.
 
     Batch norms that the file has folded into the layers before them are set so that they change
     nothing. To train on, give some unlabelled `inputs` (N, C, H, W) float32: their statistics go into
@@ -55,10 +56,13 @@ def restore(
     # half as large as normalised images: calibrated codes would cut more of it off
     noise = np.random.default_rng(0).normal(0, 0.5, (8, *shape)).astype(np.float32)
     values = {**artifact.state(), **whole_kernels(graph, changed, constant_values(graph))}
-    folds, _ = (
-        fold_copies_(changed, torch.from_numpy(noise)) if _differs(changed, values) else ([], {})
-    )
-    norms = _folded_norms(changed, values, torch.from_numpy(noise))
+    example = torch.from_numpy(noise)
+    folds: list[FoldedCopies] = []
+    narrow, norms = _narrowed(changed, values, example)
+    if _differs(narrow, values) or not _runs(narrow, example):
+        folds, _ = fold_copies_(changed, example)
+        narrow, norms = _narrowed(changed, values, example)
+    changed = narrow
     _fill_(changed, values, norms, right_factors(graph))
     if folds:
         unfold_copies_(changed, folds, {})
@@ -125,6 +129,46 @@ def _differs(module: nn.Module, values: Mapping[str, Any]) -> bool:
         name in parameters and parameters[name].numel() != held.size
         for name, held in values.items()
     )
+
+
+def _runs(module: nn.Module, example: torch.Tensor) -> bool:
+    """Whether the layers fit each other: those of a file whose copies were folded do not, in the class as it is."""
+    try:
+        with torch.no_grad():
+            module.eval()(example)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _narrowed(
+    module: nn.Module, values: Mapping[str, Any], example: torch.Tensor
+) -> tuple[nn.Module, dict[str, str]]:
+    """`module` as narrow as `values` are, and its folded norms as `_folded_norms`; which channels went does not matter,
+    since every weight is the file's."""
+    norms = _folded_norms(module, values, example)
+    stay: dict[str, tuple[int, int]] = {}  # outputs, inputs
+    for name, layer in weight_layers(module):
+        own = tuple(layer.get_parameter("weight").shape)
+        held = np.shape(values.get(f"{name}.weight", 0))
+        same_kind = (
+            len(held) == len(own) and held[2:] == own[2:] and getattr(layer, "groups", 1) == 1
+        )
+        if same_kind and held != own and held[0] <= own[0] and held[1] <= own[1]:
+            stay[name] = held[0], held[1]
+    lines = [
+        LayerPlan(name, "remove", outputs=tuple(range(outputs)), inputs=tuple(range(inputs)))
+        for name, (outputs, inputs) in stay.items()
+    ]
+    widths = {norm: stay[layer][0] for norm, layer in norms.items() if layer in stay}
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and f"{name}.running_mean" in values:
+            widths[name] = len(values[f"{name}.running_mean"])
+    for name, width in widths.items():
+        norm = module.get_submodule(name)
+        if isinstance(norm, _BatchNorm) and width < norm.num_features:
+            lines.append(LayerPlan(name, "remove", outputs=tuple(range(width))))
+    return (removed(module, lines) if lines else module), norms
 
 
 def _folded_norms(
