@@ -8,9 +8,9 @@ else the share of the multiplications (macs) that may stay. A fifth part "fit" f
 original before training. Structure low_rank makes layers thinner in series: CRITERION is its method, SCOPE size or
 macs. Structure torch_pruning stands for the tool of that name: channels, by its importance CRITERION (magnitude,
 taylor), in scope layer, global or isomorphic. blocks/NAME+NAME are the residual branches that go, and
-widths/CRITERION/NAME=CHANNELS+.../fit the channels that stay, by their layers' names or the beginning of these. --start is a
-network of --work, which is pruned further, or with the form "as_it_is" trained on. --teachers are .tersor files whose
-answers together, on an engine, are learnt from in place of the float network's. All forms are trained by one loop
+widths/CRITERION/NAME=CHANNELS+.../fit the channels that stay, by their layers' names or the beginning of these.
+--start is a network of --work or a .tersor file, which is pruned further, or with the form "as_it_is" trained on.
+--teachers are .tersor files whose answers together, on an engine, are learnt from in place of the float network's. All forms are trained by one loop
 with one recipe; with --epochs 0 they are judged after batch norm was re-estimated. Networks go to --work, from where
 pruning_speed.py takes them. Rows are appended to --out; those that are there stay, and an interrupted training goes
 on from its checkpoint. `right` of a row has a bit for each test image, in hexadecimal digits.
@@ -54,10 +54,7 @@ def main():
     float_network = tersor.load_model(options.model, weights=options.weights)
     base, start = copy.deepcopy(float_network), ""
     if options.start:
-        base, start = (
-            torch.load(options.start, weights_only=False),
-            pathlib.Path(options.start).stem,
-        )
+        base, start = network_of(options, splits), pathlib.Path(options.start).stem
     if options.fold_copies:
         fold_copies_(base, torch.zeros(2, *splits.input_shape))
     inputs = list(splits.batches(splits.calibration, 64))
@@ -131,6 +128,15 @@ def main():
             f"{row['params']:.4f} zeros {row['zeros']:.4f}",
             flush=True,
         )
+
+
+def network_of(options, splits):
+    """The network of --start."""
+    if not options.start.endswith(".tersor"):
+        return torch.load(options.start, weights_only=False)  # written by us
+    inputs = splits.batches(splits.calibration, 64)
+    fresh = tersor.load_model(options.model, weights=options.weights)
+    return tersor.load(options.start, into=fresh, inputs=inputs)
 
 
 def file_name(base, form, options):
@@ -333,7 +339,7 @@ def parsed():
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="resnet18", choices=list(CLASSIFIERS))
     parser.add_argument("--weights", required=True)
-    parser.add_argument("--start", help="a network of --work to prune instead")
+    parser.add_argument("--start", help="a network to prune instead")
     parser.add_argument("--forms", nargs="+", required=True)
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning-rate", type=float, default=0.05)

@@ -477,7 +477,8 @@ def words_of(row):
 
 def made_by(stem):
     """A network that pruning_finetuned.py named, in words."""
-    words = []
+    start = re.match(r"[a-z0-9_]+_[0-9]+kB(?=-)", stem)
+    words = [f"{start.group()}.tersor"] if start else []
     for step in re.findall(
         r"-((?:as_it_is|blocks|widths|[a-z_]+-[a-z_]+-[a-z]+)[a-z0-9._+=~-]*?-[0-9.]+-[0-9]+)(?=-[a-z]|$)",
         stem,
