@@ -10,10 +10,11 @@ macs. Structure torch_pruning stands for the tool of that name: channels, by its
 taylor), in scope layer, global or isomorphic. blocks/NAME+NAME are the residual branches that go, and
 widths/CRITERION/NAME=CHANNELS+.../fit the channels that stay, by their layers' names or the beginning of these.
 --start is a network of --work or a .tersor file, which is pruned further, or with the form "as_it_is" trained on.
---teachers are .tersor files whose answers together, on an engine, are learnt from in place of the float network's. All forms are trained by one loop
-with one recipe; with --epochs 0 they are judged after batch norm was re-estimated. Networks go to --work, from where
-pruning_speed.py takes them. Rows are appended to --out; those that are there stay, and an interrupted training goes
-on from its checkpoint. `right` of a row has a bit for each test image, in hexadecimal digits.
+--teachers are .tersor files whose answers together, on an engine, are learnt from in place of the float network's.
+All forms are trained by one loop with one recipe; with --epochs 0 they are judged after batch norm was re-estimated.
+Networks go to --work, from where pruning_speed.py takes them. Rows are appended to --out; those that are there stay,
+and an interrupted training goes on from its checkpoint. `right` of a row has a bit for each test image, in
+hexadecimal digits.
 """
 
 from __future__ import annotations
