@@ -60,6 +60,7 @@ PUBLISHED = [
 ]
 
 
+ROWS = pathlib.Path(__file__).parents[1] / "results" / "squeeze.json"
 FIELDS = ("model", "form", "size_bytes", "accuracy_percent", "source")
 KEYS = ("model", "form", "seed", "part")
 
@@ -197,12 +198,11 @@ def make(form, module, graph, splits, options, place):
         return deep_compression(form, rest, module, splits, place)
     fields, trained, masks = fields_of(form), 0.0, {}
     if stem := fields.pop("network", None):
-        # written by pruning_finetuned.py, in whose names epochs and seed follow each pruning
         module = torch.load(options.networks / f"{stem}.pt", weights_only=False).eval()
         masks = {n: p != 0 for n, p in module.named_parameters() if p.ndim > 1}
         if all(mask.float().mean() > 0.99 for mask in masks.values()):
             masks = {}  # channels went: what is 0 is so by chance
-        trained = sum(map(float, re.findall(r"-([0-9.]+)-[0-9]+(?=-[a-z]|$)", stem)))
+        trained = epochs_of(stem)
     request = tersor.Squeeze(**{"num_calibration": options.images, "seed": options.seed} | fields)
     provenance = {"model": options.model, "data": splits.name}
     checkpoint = place.with_suffix(".checkpoint")
@@ -232,6 +232,18 @@ def make(form, module, graph, splits, options, place):
         "training_s": round(found.trained.seconds, 1) if found.trained else 0.0,
         "sparsity": layers,
     }
+
+
+def epochs_of(stem):
+    """All epochs behind a network of pruning_finetuned.py, in whose names epochs and seed follow each step. One that
+    started from a committed file has that file's behind it."""
+    own = sum(map(float, re.findall(r"-([0-9.]+)-[0-9]+(?=-[a-z]|$)", stem)))
+    start = re.match(r"([a-z0-9_]+)_([0-9]+)kB(?=-)", stem)
+    if start is None:
+        return own
+    name = f"{start.group()}.tersor"
+    (row,) = (r for r in json.loads(ROWS.read_text())["rows"] if piece_name(r) == name)
+    return own + row["epochs"]
 
 
 def fields_of(form):
