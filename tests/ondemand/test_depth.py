@@ -10,7 +10,7 @@ from torch import nn
 import tersor
 from tersor.artifact import load
 from tersor.engines import open_session
-from tersor.ondemand import depth, learn, search
+from tersor.ondemand import depth, search
 from tersor.ondemand.depth import shallower
 from tersor.ondemand.details import details
 from tersor.ondemand.effort import EFFORTS, Clock, effort_of
@@ -109,7 +109,7 @@ def test_the_dearest_block_goes_first_and_no_more_than_must(trying, beyond, orig
     start = trying(beyond)
     found = shallower(start)
     assert [line.layer for line in found.original.gone.layers] == ["wide"]
-    assert found.out_of_reach() == ""
+    assert found.reached()[1] == ""
     assert macs_of(found.original.graph) < 0.5 * macs_of(original.graph)
     assert found.original.eager is original.module
     assert found.made == start.made, "what was measured of the whole network stays"
@@ -120,7 +120,7 @@ def test_the_dearest_block_goes_first_and_no_more_than_must(trying, beyond, orig
 def test_where_no_block_helps_the_search_ends_with_all_gone(trying, original):
     found = shallower(trying({"macs": 1.0}))
     assert {line.layer for line in found.original.gone.layers} == {"wide", "slim"}
-    assert found.out_of_reach() == "macs"
+    assert found.reached()[1] == "macs"
 
 
 def test_for_time_the_block_goes_without_which_the_narrowest_is_fastest(trying, monkeypatch):
@@ -142,7 +142,6 @@ def test_a_model_without_blocks_is_whole_in_file_page_and_class(
     trying, beyond, original, known, splits, run, monkeypatch
 ):
     monkeypatch.setattr(search.coding, "seconds_to_code", lambda num_weights: 0.0)
-    monkeypatch.setattr(learn, "FULL_RATE_EPOCHS", 0.1)
     start = trying(beyond)
     run.begin(test="depth")
     start.kept.run = run

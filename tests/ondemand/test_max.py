@@ -16,7 +16,7 @@ from tersor.ondemand.effort import EFFORTS, Clock
 from tersor.ondemand.facts import facts
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.network import Wanted, example_of
-from tersor.ondemand.predict import STATIC
+from tersor.ondemand.predict import LEARNT_MACS, LEARNT_PT, STATIC
 from tersor.ondemand.probe import probed
 from tersor.ondemand.search import LEARNT, TEACHER_KL, Search
 from tersor.search.tradeoff import points
@@ -90,23 +90,13 @@ def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
         return real(module, splits, spec, **options)
 
     monkeypatch.setattr(learn, "finetune", spied)
-    monkeypatch.setattr(learn, "FULL_RATE_EPOCHS", 0.1)
     family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
     plan = family.plan(family.units(0.5))
     wanted = Wanted(0.5, plan, 3.0, labelled=labelled)
     made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     assert made.epochs > 0
-    if labelled:  # half of the time from labels, then besides from what it knows by then
-        assert asked[0] == (0.0, None)
-        assert [distill for distill, _ in asked] == [0.0] * 2 + [0.7] * 2
-        assert made.drop is not None and made.drop.labelled
-        images = torch.from_numpy(original.inputs[:64])
-        with torch.no_grad():
-            taught, taken = asked[-1][1](images).argmax(1), original.module(images).argmax(1)
-        assert (taught == taken).float().mean() > 0.5, "a network of this task is the teacher"
-    else:
-        assert asked and set(asked) == {(1.0, original.module)}
-        assert made.drop is None
+    assert asked and set(asked) == {(0.0, None) if labelled else (1.0, original.module)}
+    assert (made.drop is not None and made.drop.labelled) if labelled else made.drop is None
 
 
 def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
@@ -173,3 +163,45 @@ def test_a_probe_that_fails_is_told_and_another_share_is_taken(trying, known, mo
     search.run()
     assert built and built[0].form.choice != first_choice
     assert any("of the channels' time failed" in note for note in search.found().notes)
+
+
+def test_before_any_network_has_learnt_the_bound_on_points_does_not_choose(trying, known):
+    limit = 0.5 * known.first.costs["macs"]
+    asked = {"macs": limit, "drop_pt": 1e-3}
+    search = trying(asked, "max")
+    point, axis = search.point()
+    inside = [f for f in search.predictor.forms() if f.costs["macs"] <= 0.98 * limit]
+    assert axis == "" and point.costs["macs"] <= limit
+    assert point.costs["macs"] == pytest.approx(max(form.costs["macs"] for form in inside), rel=0.2)
+    unlabelled = trying(asked, "standard")
+    assert unlabelled.point()[1] != "", (
+        "what learns from the original is predicted, and nothing fits"
+    )
+    taught = dc.replace(known.first, choice={**known.first.choice, "labels": True})
+    search.made.append(taught)
+    assert search.point()[1] != ""
+
+
+def test_what_learns_from_labels_loses_with_the_square_of_its_multiplications(trying, original):
+    predictor = trying({}, "max").predictor
+    shares = [share for share in predictor.shares() if predictor.units(share)[0]]
+    told = {predictor.form(s).costs["macs"]: predictor._unlearnt(s) for s in shares}
+    harms, drops = predictor._drops
+    for macs, harm in told.items():
+        share = macs / original.costs["macs"]
+        expected = LEARNT_PT * (LEARNT_MACS / share) ** 2
+        if expected < drops[-1]:
+            assert np.interp(harm, harms, drops) == pytest.approx(expected, rel=0.05, abs=1e-3)
+    narrow = min(shares)
+    before = predictor._unlearnt(narrow)
+    predictor.hear_network(narrow, 2 * before)
+    assert predictor.form(narrow).harm == pytest.approx(2 * before + predictor.activations)
+
+
+def test_a_network_that_learnt_from_labels_harms_as_much_as_it_loses(trying, known):
+    predictor = trying({}, "max").predictor
+    drop = dc.replace(known.first.drop, harm_kl=3.0)
+    for points_lost in (-0.5, 0.0, 2.0):
+        told = predictor.harm_like(dc.replace(drop, estimate_pt=points_lost, labelled=True))
+        again = np.interp(told, *predictor._drops)
+        assert again == pytest.approx(max(points_lost, 0.0), abs=0.02)

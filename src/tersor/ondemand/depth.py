@@ -17,39 +17,52 @@ from tersor.ondemand.search import Search
 from tersor.pipeline import deployment_graph
 from tersor.specs import LayerPlan, Plan, Prune
 
+BY_CHANNELS = ("latency_ms", "macs", "energy_mj")
 PROBE_SECONDS = 1.0  # of one network's timing; a block's time is a tenth of it and more
 LEFT = 0.6  # of an effort's time, for the network that is then taught
 
 
 def shallower(search: Search) -> Search:
-    """`search` itself; or where no share of the channels reaches its budget, one that starts from the network without
-    residual blocks, as few as make the budget reachable.
+    """`search` itself; or where no share of the channels reaches its bounds on time, multiplications or energy, one
+    that starts from the network without residual blocks: as few as reach them, and more while the network that is then
+    within them has more multiplications than before.
 
     The block goes without which the narrowest network is the fastest, by measurement (or has the fewest
     multiplications, where the budget is not of time). What such a network answers at first says nothing of what it
     can learn, so this is done only where labels are learnt from, and while most of the time is left for it.
     """
-    while search.labelled and search.clock.left > LEFT * search.clock.limit:
-        axis = search.out_of_reach()
-        gone = _one_more(search) if axis else None
+    if not search.labelled:
+        return search
+    macs, axis = search.reached()
+    if axis not in BY_CHANNELS:
+        return search
+    while search.clock.left > LEFT * search.clock.limit:
+        gone = _one_more(search)
         if gone is None:
             break
-        original = search.original.without(gone)
-        names = [line.layer for line in gone.layers]
-        kept = search.kept.of(without=names)
-        search.watch(f"without {names[-1]}", 0.0)
-        # What channels and bits harm is measured against what this network answers, taught or not.
-        answers = logits_of(open_session(original.graph, threads=original.threads), original.held)
-        own = dc.replace(original, logits=answers, labels=None)
-        by_macs = search.known.by_macs
-        known = facts(
-            own, search.effort, kept, by_macs=by_macs, seed=search.seed, watch=search.watch
-        )
-        note = (
-            f"without the block {names[-1]}: no share of the channels reached the bound on {axis}"
-        )
-        search = search.from_(original, known, kept, note)
+        why = f"no share of the channels reached the bound on {axis}"
+        if axis not in BY_CHANNELS:
+            why = "the others have more multiplications so"
+        deeper = _without(search, gone, why)
+        found, passed = deeper.reached()
+        if axis not in BY_CHANNELS and (passed in BY_CHANNELS or found <= macs):
+            break
+        search, macs, axis = deeper, found, passed
     return search
+
+
+def _without(search: Search, gone: Plan, why: str) -> Search:
+    """The search from the network without the blocks that `gone` removes; `why` the last of them went."""
+    original = search.original.without(gone)
+    names = [line.layer for line in gone.layers]
+    kept = search.kept.of(without=names)
+    search.watch(f"without {names[-1]}", 0.0)
+    # What channels and bits harm is measured against what this network answers, taught or not.
+    answers = logits_of(open_session(original.graph, threads=original.threads), original.held)
+    own = dc.replace(original, logits=answers, labels=None)
+    by_macs = search.known.by_macs
+    known = facts(own, search.effort, kept, by_macs=by_macs, seed=search.seed, watch=search.watch)
+    return search.from_(original, known, kept, f"without the block {names[-1]}: {why}")
 
 
 def _one_more(search: Search) -> Plan | None:

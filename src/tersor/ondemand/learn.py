@@ -1,25 +1,21 @@
-"""Networks of a search learn: from the original's answers, or where they may from labels and then from themselves."""
+"""Networks of a search learn: from the original's answers, or where they may from labels."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses as dc
 import pathlib
 
-import onnx
 from torch import nn
 
 from tersor.engines import open_session
-from tersor.methods.checkpoint import read_state_, remove_checkpoints, state_bytes, write_state
 from tersor.methods.device import training_device
 from tersor.methods.finetune import finetune
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.teachers import EngineTeacher
 from tersor.ondemand.effort import Watch
 from tersor.ondemand.kept import Kept
-from tersor.ondemand.network import Network, Wanted, batches_of, judged, rounded
+from tersor.ondemand.network import Network, Wanted, batches_of, judged
 from tersor.ondemand.original import Original
-from tersor.runs.directory import CHECKPOINT
 from tersor.specs import Finetune
 
 # Of ResNet-18 at 65 % of its MACs, fitted, after 100 steps: KL 0.0166 to 0.0114 nats at rate 0.01, 0.0117 at 0.003, but
@@ -41,9 +37,8 @@ FAR = dc.replace(TRAINING, learning_rate=0.05, weight_decay=5e-4, eval_mode=Fals
 # Where labels may be learnt from, networks are not held to answers of an original that could know more: trained
 # for long they pass it. The teacher, dearer than a small student, is spared.
 LABELLED = dc.replace(TRAINING, learning_rate=0.1, weight_decay=5e-4, distill=0.0, eval_mode=False)
-# Then again from the labels and what it knows by then (born-again networks: Furlanello 2018, section 3.1): the same
-# network in integers answers at a tenth of what a step takes.
-AGAIN = dc.replace(LABELLED, distill=0.7)
+# A second training from what the network itself knew (born again: Furlanello 2018) made ResNet-18 at 2 % of its MACs,
+# 64 epochs old, no better in 41 more.
 FULL_RATE_EPOCHS = 10  # shorter labelled trainings step more lightly
 STATE = "state.pt"
 SPEED_STEPS = 6  # of training, to learn how many a second there are
@@ -60,77 +55,30 @@ def learned(
     kept: Kept,
     watch: Watch,
 ) -> Network:
-    """`made` after the time to learn that is `wanted`; itself where that made it no better.
-
-    From labels, where these are wanted, half of a long time goes by; the other half learns besides from what the
-    network answers by then. Trainings go on from `checkpoint`, and from what `kept` holds.
-    """
-    if wanted.labelled:
-        return _from_labels(original, wanted, made, checkpoint, kept, watch)
-    recipe = TRAINING if made.harm_kl < NEAR_KL else FAR
-    training = _Training(original, wanted, recipe, wanted.teacher, original.eager, watch, kept)
-    module, epochs = training.trained(made, checkpoint, training.chosen(made))
+    """`made` after the time to learn that is `wanted`; itself where the original's answers made it no better. The
+    training goes on from `checkpoint`."""
+    recipe = LABELLED if wanted.labelled else TRAINING if made.harm_kl < NEAR_KL else FAR
+    module, epochs = _Training(original, wanted, recipe, watch, kept).trained(made, checkpoint)
     found = judged(original, wanted, module, epochs)
     # Of labels much is learnt that the original does not answer; of the original nothing that it does not.
-    return found if found.harm_kl < made.harm_kl else made
-
-
-def _from_labels(
-    original: Original,
-    wanted: Wanted,
-    made: Network,
-    checkpoint: pathlib.Path,
-    kept: Kept,
-    watch: Watch,
-) -> Network:
-    training = _Training(original, wanted, LABELLED, None, None, watch, kept)
-    epochs, rate = training.chosen(made)
-    if epochs < 2 * FULL_RATE_EPOCHS:
-        return judged(original, wanted, *training.trained(made, checkpoint, (epochs, rate)))
-
-    def first(place: pathlib.Path) -> float:
-        module, spent = training.trained(made, place / CHECKPOINT, (epochs / 2, rate))
-        write_state(place / STATE, state_bytes(module))
-        remove_checkpoints(place)
-        return spent
-
-    spent, place = kept.piece("first_half", wanted.request, first)
-    module = copy.deepcopy(made.module)
-    read_state_(place / STATE, module)
-    half = judged(original, wanted, module, spent)
-    teacher, _ = rounded(original, half, {}, watch)
-    wanted = dc.replace(wanted, train_seconds=wanted.train_seconds / 2)
-    again = _Training(original, wanted, AGAIN, teacher, module, watch, kept)
-    module, more = again.trained(half, checkpoint, again.chosen(half))
-    found = judged(original, wanted, module, spent + more)
-    assert found.drop is not None and half.drop is not None, (
-        "labels are there where they are wanted"
-    )
-    return found if found.drop.judged_pt < half.drop.judged_pt else half
+    return found if wanted.labelled or found.harm_kl < made.harm_kl else made
 
 
 @dc.dataclass(frozen=True, eq=False)
 class _Training:
-    """As `wanted` says, for about its seconds: of the recipe the epochs and the rate are chosen here.
-
-    The teacher, where the recipe needs one, answers on an engine (`answers`) where the processor trains: the student
-    has the time that is saved. Elsewhere `teacher` does.
-    """
+    """As `wanted` says, for about its seconds: of the recipe the epochs and the rate are chosen here."""
 
     original: Original
     wanted: Wanted
     recipe: Finetune
-    answers: onnx.ModelProto | None
-    teacher: nn.Module | None
     watch: Watch
     kept: Kept
 
-    def trained(
-        self, fitted: Network, checkpoint: pathlib.Path, chosen: tuple[float, float]
-    ) -> tuple[nn.Module, float]:
-        """The network trained for the epochs and at the rate that were `chosen`, and the epochs that these were."""
+    def trained(self, fitted: Network, checkpoint: pathlib.Path) -> tuple[nn.Module, float]:
+        """The network trained, and the epochs that these were."""
         recipe, per_epoch = self._sized()
-        epochs, rate = chosen
+        asked = {"share": fitted.share}
+        (epochs, rate), _ = self.kept.piece("epochs", asked, lambda _: self._tried(fitted))
         if epochs * per_epoch < SPEED_STEPS:
             return fitted.module, 0.0
         module = finetune(
@@ -145,12 +93,6 @@ class _Training:
             inputs = batches_of(self.original.inputs)
             module = reestimate_batch_norm(module, inputs, original=self.original.module)
         return module, epochs
-
-    def chosen(self, fitted: Network) -> tuple[float, float]:
-        """Epochs that there is time for, and the rate."""
-        asked = {"share": fitted.share, "learnt": fitted.epochs > 0}
-        (epochs, rate), _ = self.kept.piece("epochs", asked, lambda _: self._tried(fitted))
-        return epochs, rate
 
     def _sized(self) -> tuple[Finetune, int]:
         """The recipe for these data, and the steps of one of its epochs."""
@@ -187,11 +129,13 @@ class _Training:
         return 0.0, recipe.learning_rate  # whatever is learnt takes it away
 
     def _teacher(self) -> nn.Module | None:
+        """The original; where the processor trains, in integers: the student then has the time that is saved."""
         if not self.recipe.needs_teacher:
             return None
-        if self.answers is None or training_device().type != "cpu":
-            return self.teacher
-        return EngineTeacher([open_session(self.answers, threads=self.original.threads)])
+        answers = self.wanted.teacher
+        if answers is None or training_device().type != "cpu":
+            return self.original.eager
+        return EngineTeacher([open_session(answers, threads=self.original.threads)])
 
 
 def _rate(recipe: Finetune, epochs: float, per_epoch: int) -> float:

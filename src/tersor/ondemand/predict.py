@@ -51,10 +51,13 @@ SHARES = (
     0.065,
 )
 NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of the logits
-# Of the harm that channels alone make, what is left after the fit by least squares, after a training, and after one
-# from labels for as long as such searches have (ResNet-18 at 9 % of its MACs: 2 nats, and 0.3 points after 30 epochs);
-# corrected by the first candidate.
-FITTED, TRAINED, LEARNT = 0.4, 0.115, 0.005
+# Of the harm that channels alone make, what is left after the fit by least squares, and after a
+# training; corrected by the first candidate.
+FITTED, TRAINED = 0.4, 0.115
+# Points that a network loses which learnt from labels for as long as such searches have: so many at this share of the
+# original's multiplications, and with its square (ResNet-18 on CIFAR-10 at 9.4 %, 30 epochs, 0.2 to 0.3; at 2.1 %, 64
+# epochs, 5.4). What its channels harm before it learns does not tell.
+LEARNT_PT, LEARNT_MACS = 0.6, 0.06
 RATED = 0.5  # of the bytes of few bits by layer, where codes are chosen by rate and distortion for as much harm
 STATIC, FLOAT = "static", "weight_only"  # modes: integers, or codes that are computed with in float
 FLOAT_MAY_WIN = 1.5  # times the integers' latency
@@ -93,7 +96,7 @@ class Predictor:
         self.original, self.family, self.bits, self.first = original, family, bits, first
         self.macs = macs_of(original.graph)
         self.labelled = labelled
-        self.factors = Factors(LEARNT if labelled else TRAINED if trains else FITTED)
+        self.factors = Factors(1.0 if labelled else TRAINED if trains else FITTED)
         self.rated = RATED if trains else 1.0
         whole = sum(b.harm_kl[max(b.harm_kl)] for b in bits.values())
         self.activations = max(first.drop.harm_kl - whole, 0.0)
@@ -115,7 +118,7 @@ class Predictor:
     def shares(self) -> list[float]:
         """The shares of the channels' cost that can be had, from all down."""
         least = 1.0 if self.family is None else self.family.least_share
-        # All of a network without blocks is none that answers: it would have to learn, and is out of reach anyway.
+        # All of a network without blocks is none that answers before it learns.
         whole = self.original.gone is None or self.family is None
         return [share for share in SHARES if (share == 1 and whole) or 1 > share > least]
 
@@ -195,8 +198,20 @@ class Predictor:
         what a wider one was measured to cost."""
         if share in self._made:
             return self._made[share]
+        if self.labelled:
+            raw = self._unlearnt(share)
         wider = [harm for other, harm in self._made.items() if other > share]
         return max([raw * self.factors.channels, *wider])
+
+    def _unlearnt(self, share: float) -> float:
+        """The harm that is as much as a network is taken to lose after it learnt from labels."""
+        units = self.units(share)[0]
+        if self.family is None or not units:
+            return 0.0
+        macs = self.macs * self.family.macs(units) / self.family.macs({})
+        left = macs / (LEARNT_MACS * self.original.costs["macs"])
+        harms, drops = self._drops
+        return float(np.interp(LEARNT_PT / left**2, drops, harms))
 
     def limits(self, asked: Mapping[str, float]) -> dict[str, float]:
         """The limits of a budget in the search's axes: points of accuracy become harm."""
@@ -255,7 +270,7 @@ class Predictor:
     def hear_network(self, share: float, harm: float) -> None:
         """Learn the KL divergence of the network that was made with that share."""
         self._made[share] = harm
-        _, raw = self.units(share)
+        raw = self._unlearnt(share) if self.labelled else self.units(share)[1]
         if raw > 0:
             self.factors.channels = float(np.clip(harm / raw, 0.005, 3.0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import functools
 import math
@@ -28,7 +29,7 @@ from tersor.ondemand.original import Original
 from tersor.ondemand.predict import STATIC, Predictor
 from tersor.ondemand.probe import probed
 from tersor.runs.executors import Executor, open_executor
-from tersor.search.tradeoff import GOALS, SIZE, Point, best, nearest
+from tersor.search.tradeoff import GOALS, HARM, SIZE, Point, best, nearest
 from tersor.specs import Plan
 
 FREE_PT = 0.1  # points that may be lost to make the rest small, where no drop is given
@@ -37,7 +38,6 @@ LEARNT = "networks without some channels learnt from the labels of the training 
 AHEAD = 4  # networks that are made at once where there are workers
 TEACHER_KL = 1e-3  # nats: a teacher so near the original is as good
 PROBES = 4  # networks whose time is measured before one of them is made
-BY_CHANNELS = ("latency_ms", "macs", "energy_mj")
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 UNBUILT = (MemoryError, EngineError, ModelError)  # what ends a candidate, not the search
 Record = Callable[[dict[str, Any]], None]
@@ -124,23 +124,31 @@ class Search:
             notes=[*self.notes, note],
         )
 
-    def out_of_reach(self) -> str:
-        """The axis of the budget, of those that the channels decide, that no share of them keeps; "" where one does."""
-        axis = self._timed_point()[1]
-        return axis if axis in BY_CHANNELS else ""
+    def reached(self) -> tuple[float, str]:
+        """Of what the search would build next the multiplications, and the axis that it passes, "" where none; by the
+        measured time, where a network is dear to make."""
+        point, axis = self._timed_point()
+        return point.costs["macs"], axis
 
     def point(self) -> tuple[Point, str]:
-        """What the search would build next, by prediction; and the axis that it passes, "" where none."""
+        """What the search would build next, by prediction; and the axis that it passes, "" where none.
+
+        Before any network has learnt from labels it is only guessed what one will lose: where no point is expected to
+        be within the budget, that which loses least and keeps all else is worth the try.
+        """
         predictor = self.predictor
         limits = predictor.limits(self.asked)
         forms = [form for form in predictor.forms() if form.choice not in self._failed]
         forms = forms or predictor.forms()
         slack = predictor.harm_of(FREE_PT)
-        try:
-            return best(forms, limits, slack=slack), ""
-        except BudgetError:
-            fresh = [form for form in forms if form.choice not in self._missed]
-            return nearest(fresh or forms, limits)
+        tries = [limits]
+        if self.labelled and not any(each.choice.get("labels") for each in self.made):
+            tries.append({axis: limit for axis, limit in limits.items() if axis != HARM})
+        for each in tries:
+            with contextlib.suppress(BudgetError):
+                return best(forms, each, slack=slack), ""
+        fresh = [form for form in forms if form.choice not in self._missed]
+        return nearest(fresh or forms, limits)
 
     def _timed_point(self) -> tuple[Point, str]:
         """As `point`; where a network is dear to make, its time is measured before and the choice made again."""
