@@ -84,7 +84,8 @@ def test_a_layer_that_does_not_matter_pays(net, found, inputs):
 
 def test_a_share_of_units_and_no_target_at_all(net, found, inputs):
     units = chosen_units(net, auto(sparsity=0.5), EXAMPLE, found, inputs=inputs)
-    assert sum(map(len, units.values())) == pytest.approx(0.5 * 288, abs=6)
+    # At least what was asked, and no more beyond it than from one point of the lower hull to the next.
+    assert 0.5 <= sum(map(len, units.values())) / 288 <= 0.55
     free = chosen_units(net, auto(sparsity=0.0), EXAMPLE, found, inputs=inputs)
     trials = Trials(net, np.concatenate(inputs))
     assert trials.harm_(removed(net, lines_of(net, found.kept(free)))) <= KL_BOUND
