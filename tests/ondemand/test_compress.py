@@ -141,7 +141,7 @@ def test_an_impossible_budget_names_best_bound_and_layer(net, tmp_path):
 
 def test_learning_from_the_original_needs_no_labels(net, splits, tmp_path):
     images = splits.normalise(splits.train.images[:600])
-    budget = tersor.Budget(macs="4x fewer", drop=30)
+    budget = tersor.Budget(macs="4x fewer")
     answer = tersor.compress(
         net, images, budget, out=tmp_path / "out", effort="standard", minutes=0.8
     )
