@@ -238,7 +238,7 @@ def epochs_of(stem):
     """All epochs behind a network of pruning_finetuned.py, in whose names epochs and seed follow each step. One that
     started from a committed file has that file's behind it."""
     own = sum(map(float, re.findall(r"-([0-9.]+)-[0-9]+(?=-[a-z]|$)", stem)))
-    start = re.match(r"([a-z0-9_]+)_([0-9]+)kB(?=-)", stem)
+    start = re.match(r"[a-z0-9_]+_[0-9]+kB(?=-)", stem)
     if start is None:
         return own
     name = f"{start.group()}.tersor"

@@ -190,7 +190,7 @@ def test_before_any_network_has_learnt_the_bound_on_points_does_not_choose(tryin
 def test_what_learns_from_labels_loses_with_the_square_of_its_multiplications(trying, original):
     predictor = trying({}, "max").predictor
     shares = [share for share in predictor.shares() if predictor.units(share)[0]]
-    told = {predictor.form(s).costs["macs"]: predictor._unlearnt(s) for s in shares}
+    told = {predictor.form(s).costs["macs"]: predictor._expected_loss(s) for s in shares}
     harms, drops = predictor._drops
     for macs, harm in told.items():
         share = macs / original.costs["macs"]
@@ -198,7 +198,7 @@ def test_what_learns_from_labels_loses_with_the_square_of_its_multiplications(tr
         if expected < drops[-1]:
             assert np.interp(harm, harms, drops) == pytest.approx(expected, rel=0.05, abs=1e-3)
     narrow = min(shares)
-    before = predictor._unlearnt(narrow)
+    before = predictor._expected_loss(narrow)
     predictor.hear_network(narrow, 2 * before)
     assert predictor.form(narrow).harm == pytest.approx(2 * before + predictor.activations)
 

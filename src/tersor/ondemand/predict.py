@@ -199,11 +199,11 @@ class Predictor:
         if share in self._made:
             return self._made[share]
         if self.labelled:
-            raw = self._unlearnt(share)
+            raw = self._expected_loss(share)
         wider = [harm for other, harm in self._made.items() if other > share]
         return max([raw * self.factors.channels, *wider])
 
-    def _unlearnt(self, share: float) -> float:
+    def _expected_loss(self, share: float) -> float:
         """The harm that is as much as a network is taken to lose after it learnt from labels."""
         units = self.units(share)[0]
         if self.family is None or not units:
@@ -270,7 +270,7 @@ class Predictor:
     def hear_network(self, share: float, harm: float) -> None:
         """Learn the KL divergence of the network that was made with that share."""
         self._made[share] = harm
-        raw = self._unlearnt(share) if self.labelled else self.units(share)[1]
+        raw = self._expected_loss(share) if self.labelled else self.units(share)[1]
         if raw > 0:
             self.factors.channels = float(np.clip(harm / raw, 0.005, 3.0))
 
