@@ -105,8 +105,9 @@ def test_blocks_go_only_where_what_is_left_is_taught_from_labels(trying, beyond,
     assert shallower(start) is start
 
 
-def test_the_dearest_block_goes_first_and_no_more_than_must(trying, beyond, original, deep):
-    start = trying(beyond)
+@pytest.mark.parametrize("drop", [{}, {"drop_pt": 1e-3}], ids=["alone", "beside a drop"])
+def test_the_dearest_block_goes_first_and_no_more_than_must(trying, beyond, original, deep, drop):
+    start = trying(beyond | drop)
     found = shallower(start)
     assert [line.layer for line in found.original.gone.layers] == ["wide"]
     assert found.reached()[1] == ""

@@ -25,10 +25,15 @@ class Batches:
         labels = splits.train.labels
         self.labels = None if labels is None else torch.from_numpy(labels)
 
+    def number(self, step: int) -> int:
+        """The first step whose batch is that of `step`."""
+        return step % (self.spec.views * self.steps_per_epoch) if self.spec.views else step
+
     def at(self, step: int, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Inputs (N, C, H, W) float32, normalised, channels_last, and labels (N,) int64 or None: this process's
         part of the batch, or the `whole`."""
         part = slice(0, self.size) if whole else self.together.part
+        step = self.number(step)
         epoch, position = divmod(step, self.steps_per_epoch)
         order = torch.randperm(
             self.count, generator=torch.Generator().manual_seed(self.spec.seed * 1_000_003 + epoch)

@@ -21,7 +21,7 @@ from tersor.methods.checkpoint import ANEW, found_bytes, read_checkpoint, write_
 from tersor.methods.compiling import Forward
 from tersor.methods.device import on_device, usable_precision
 from tersor.methods.gradients import LargestGradients, add_subgradient_, slimmed_gammas
-from tersor.methods.hints import Place, Regressors, Tapped, hint_places
+from tersor.methods.hints import Features, Place, Regressors, Tapped, hint_places
 from tersor.methods.losses import training_loss
 from tersor.methods.progress import Control, Progress
 from tersor.methods.skeletons import Skeletons
@@ -72,6 +72,9 @@ class Loop:
         ours: list[Place] = []
         self.teacher: Tapped | None = None
         self.regressors: Regressors | None = None
+        self._answers: dict[
+            int, torch.Tensor
+        ] = {}  # the teacher's, by the step whose batch comes again
         if teacher is not None and spec.needs_teacher:
             ours = self._set_teacher(teacher, torch.zeros(2, *splits.input_shape))
         alone = self.together.processes.alone
@@ -249,11 +252,10 @@ class Loop:
         torch.manual_seed(self.spec.seed * 15_485_863 + step)
         with self._autocast(), self.together.whole_batch():
             outputs, ours = self.forward(inputs)
-        target, theirs = None, []
+        target: torch.Tensor | None = None
+        theirs: Features = []
         if self.teacher is not None:
-            with torch.no_grad(), self._autocast():
-                target, theirs = self.teacher(inputs)
-                target = target.float()
+            target, theirs = self._taught(self.teacher, step, inputs)
         read = labels if self.spec.needs_labels else None
         loss = training_loss(self.spec, outputs.float(), read, target)
         if self.regressors is not None:
@@ -276,6 +278,21 @@ class Loop:
             self.averaged_skeletons.update_parameters(self.skeletons.skeletons)
         self.averaged.update_parameters(self.student)
         return loss.detach()
+
+    def _taught(
+        self, teacher: Tapped, step: int, inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, Features]:
+        """The teacher's logits (N, classes) float32 and features for the batch of `step`; those of a batch that comes
+        again are kept."""
+        number = self.batches.number(step)
+        if number in self._answers:
+            return self._answers[number], []
+        with torch.no_grad(), self._autocast():
+            target, theirs = teacher(inputs)
+        target = target.float()
+        if self.spec.views:
+            self._answers[number] = target
+        return target, theirs
 
     def _moved(self) -> list[nn.Parameter]:
         """The parameters that backward gives gradients."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses as dc
 import pathlib
+import time
 
+import torch
 from torch import nn
 
 from tersor.engines import open_session
-from tersor.methods.device import training_device
+from tersor.methods.batches import Batches
+from tersor.methods.device import on_device, training_device
 from tersor.methods.finetune import finetune
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.teachers import EngineTeacher
@@ -34,9 +38,11 @@ TRAINING = Finetune(
 )
 NEAR_KL = 0.05  # nats from the original after the fit: such networks learn with what they normalise by held still
 FAR = dc.replace(TRAINING, learning_rate=0.05, weight_decay=5e-4, eval_mode=False)
-# Where labels may be learnt from, networks are not held to answers of an original that could know more: trained
-# for long they pass it. The teacher, dearer than a small student, is spared.
+# Where labels may be learnt from, networks are not held to the original's answers alone: trained for long they pass it.
 LABELLED = dc.replace(TRAINING, learning_rate=0.1, weight_decay=5e-4, distill=0.0, eval_mode=False)
+# The original, dearer than a small student, answers each of so many epochs once, where that takes at most this share
+# of the time and no more memory; its answers then have this share of the loss.
+VIEWS, FEWEST_VIEWS, ANSWERING, ANSWERS_BYTES, TAUGHT = 8, 4, 0.15, 1 << 30, 0.7
 # A second training from what the network itself knew (born again: Furlanello 2018) made ResNet-18 at 2 % of its MACs,
 # 64 epochs old, no better in 41 more.
 FULL_RATE_EPOCHS = 10  # shorter labelled trainings step more lightly
@@ -78,14 +84,16 @@ class _Training:
         """The network trained, and the epochs that these were."""
         recipe, per_epoch = self._sized()
         asked = {"share": fitted.share}
-        (epochs, rate), _ = self.kept.piece("epochs", asked, lambda _: self._tried(fitted))
+        (epochs, rate, views), _ = self.kept.piece("training", asked, lambda _: self._tried(fitted))
         if epochs * per_epoch < SPEED_STEPS:
             return fitted.module, 0.0
+        if views:
+            recipe = dc.replace(recipe, views=views, distill=TAUGHT)
         module = finetune(
             fitted.module,
             self.original.splits,
             dc.replace(recipe, epochs=epochs, learning_rate=rate),
-            teacher=self._teacher(),
+            teacher=self._teacher() if recipe.needs_teacher else None,
             checkpoint=checkpoint,
             on_progress=lambda p: self.watch(f"learning: {p}", p.step / p.num_steps),
         ).module
@@ -101,10 +109,10 @@ class _Training:
         recipe = dc.replace(self.recipe, batch_size=batch, seed=self.wanted.seed)
         return recipe, max(1, len(splits.train) // batch)
 
-    def _tried(self, fitted: Network) -> tuple[float, float]:
-        """By trainings of a few steps."""
+    def _tried(self, fitted: Network) -> tuple[float, float, int]:
+        """Epochs, rate and views, by trainings of a few steps."""
         recipe, per_epoch = self._sized()
-        teacher, spent = self._teacher(), 0.0
+        teacher, spent = self._teacher() if recipe.needs_teacher else None, 0.0
         trials, steps = (TRIALS, TRIAL_STEPS) if recipe.eval_mode else (1, SPEED_STEPS)
         short = dc.replace(recipe, epochs=steps / per_epoch)
         for halvings in range(trials):
@@ -117,21 +125,38 @@ class _Training:
                 teacher=teacher,
             )
             spent += found.seconds
-            epochs = max(self.wanted.train_seconds - spent, 0.0) / per_epoch
-            epochs *= steps / max(found.seconds, 1e-3)
+            left = max(self.wanted.train_seconds - spent, 0.0)
+            epoch = per_epoch * max(found.seconds, 1e-3) / steps
+            epochs = left / epoch
             if not recipe.eval_mode:
-                return epochs, _rate(recipe, epochs, per_epoch)
+                answering, views = self._answering(left) if self.wanted.labelled else (0.0, 0)
+                epochs = (left - views * answering) / epoch
+                return epochs, _rate(recipe, epochs, per_epoch), views
             harm = judged(self.original, self.wanted, found.module).harm_kl
             if harm < TRIAL_HARM * fitted.harm_kl:
-                return epochs, rate / 2
+                return epochs, rate / 2, 0
             if spent > self.wanted.train_seconds:
                 break
-        return 0.0, recipe.learning_rate  # whatever is learnt takes it away
+        return 0.0, recipe.learning_rate, 0  # whatever is learnt takes it away
 
-    def _teacher(self) -> nn.Module | None:
+    def _answering(self, seconds: float) -> tuple[float, int]:
+        """Seconds in which the teacher answers an epoch, and how many epochs it answers of a training of `seconds`."""
+        recipe, per_epoch = self._sized()
+        device, started = training_device(), 0.0
+        teacher = on_device(copy.deepcopy(self._teacher()), device).eval()
+        batches = Batches(self.original.splits, recipe, device)
+        with torch.inference_mode():
+            for step in range(1 + SPEED_STEPS):  # the first one is not timed
+                answers = teacher(batches.at(step)[0])
+                answers.sum().item()
+                started = started or time.perf_counter()
+        epoch = per_epoch * (time.perf_counter() - started) / SPEED_STEPS
+        memory = ANSWERS_BYTES // (per_epoch * answers.nelement() * 4)
+        views = int(min(VIEWS, ANSWERING * seconds / epoch, memory))
+        return epoch, views if views >= FEWEST_VIEWS else 0
+
+    def _teacher(self) -> nn.Module:
         """The original; where the processor trains, in integers: the student then has the time that is saved."""
-        if not self.recipe.needs_teacher:
-            return None
         answers = self.wanted.teacher
         if answers is None or training_device().type != "cpu":
             return self.original.eager

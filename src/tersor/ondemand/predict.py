@@ -2,8 +2,8 @@
 
 Harms are KL divergences and add: channels gone, bits of each layer, activations in 8 bits. Bytes are those of the
 coder on samples of the real codes, times the weights left. Time is the measured whole with the layers' share of it
-as the table of single layers says. Each kind has one factor, 1 at first, which the last candidate that was built
-sets to measured / predicted.
+as the table of single layers says. Each kind has a factor, 1 at first, which what is measured sets to measured /
+predicted: time one for each share that was timed, and between two of them one between theirs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ SHARES = (
     0.3,
     0.25,
     0.2,
+    0.18,
     0.16,
+    0.145,
     0.13,
     0.115,
     0.1,
@@ -62,6 +64,7 @@ RATED = 0.5  # of the bytes of few bits by layer, where codes are chosen by rate
 STATIC, FLOAT = "static", "weight_only"  # modes: integers, or codes that are computed with in float
 FLOAT_MAY_WIN = 1.5  # times the integers' latency
 FIXED = 0.15  # of a float network's time that channels have no part in
+TIMED_CLIP = 0.2, 5.0  # measured over predicted time is believed so far
 MARGIN = 0.98  # of a limit is aimed at: the last measurement differs from the prediction
 
 
@@ -71,7 +74,6 @@ class Factors:
 
     channels: float
     bits: float = 1.0
-    latency: dict[str, float] = dc.field(default_factory=lambda: {STATIC: 1.0, FLOAT: 1.0})
     size: float = 1.0
 
 
@@ -108,7 +110,8 @@ class Predictor:
         )
         self.beside = max(first.costs["size_bytes"] - told, 0.0)  # what no layer's codes take
         self._units: dict[float, tuple[Units, float]] = {}
-        self._timed: dict[tuple[float, str], float] = {}  # ms of what was run, by share and mode
+        # (ms of what was run, the same over the prediction), by mode and share
+        self._timed: dict[str, dict[float, tuple[float, float]]] = {STATIC: {}, FLOAT: {}}
         self._made: dict[float, float] = {1.0: 0.0}  # harm of the networks that were made, by share
         self._drops = _drops(original)
         # (logarithm of a harm, drop judged there over the drop expected), of all that was measured
@@ -173,9 +176,8 @@ class Predictor:
             for name, b in self.bits.items()
         }
         integers = mode == STATIC
-        timed = self._timed.get((share, mode))
         costs = {
-            "latency_ms": latency * factors.latency[mode] if timed is None else timed,
+            "latency_ms": self._time(share, mode, latency),
             "macs": macs * self.macs,
         }
         costs["energy_mj"] = counted_energy_mj(
@@ -258,14 +260,25 @@ class Predictor:
 
     def timed(self, share: float) -> bool:
         """Whether the integers' time at that share is measured."""
-        return (share, STATIC) in self._timed or not self.units(share)[0]
+        return share in self._timed[STATIC] or not self.units(share)[0]
 
     def hear_time(self, share: float, ms: float, mode: str = STATIC) -> None:
-        """Learn how long the network with that share takes, and that others differ from their predictions alike."""
-        self._timed.pop((share, mode), None)
-        predicted = self.form(share, mode).costs["latency_ms"]
-        self.factors.latency[mode] *= float(np.clip(ms / predicted, 0.5, 2.0))
-        self._timed[share, mode] = ms
+        """Learn how long the network with that share takes, and that those near it differ from their predictions
+        alike."""
+        self._timed[mode].pop(share, None)
+        predicted = self.form(share, mode).costs["latency_ms"] / self._factor(share, mode)
+        self._timed[mode][share] = ms, float(np.clip(ms / predicted, *TIMED_CLIP))
+
+    def _time(self, share: float, mode: str, predicted: float) -> float:
+        """As measured, or as predicted and corrected by the shares on both sides that were measured."""
+        if share in self._timed[mode]:
+            return self._timed[mode][share][0]
+        return predicted * self._factor(share, mode)
+
+    def _factor(self, share: float, mode: str) -> float:
+        known = {1.0: 1.0} | {s: factor for s, (_, factor) in self._timed[mode].items()}
+        shares, factors = zip(*sorted(known.items()), strict=True)
+        return float(np.interp(share, shares, factors))
 
     def hear_network(self, share: float, harm: float) -> None:
         """Learn the KL divergence of the network that was made with that share."""

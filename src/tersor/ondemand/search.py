@@ -37,7 +37,7 @@ SLOWER = 1.6  # an engine that took so many times the fastest is not tried again
 LEARNT = "networks without some channels learnt from the labels of the training part; --no-labels leaves these out"
 AHEAD = 4  # networks that are made at once where there are workers
 TEACHER_KL = 1e-3  # nats: a teacher so near the original is as good
-PROBES = 4  # networks whose time is measured before one of them is made
+PROBES = 8  # networks whose time is measured before one of them is made
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
 UNBUILT = (MemoryError, EngineError, ModelError)  # what ends a candidate, not the search
 Record = Callable[[dict[str, Any]], None]
@@ -148,7 +148,7 @@ class Search:
             with contextlib.suppress(BudgetError):
                 return best(forms, each, slack=slack), ""
         fresh = [form for form in forms if form.choice not in self._missed]
-        return nearest(fresh or forms, limits)
+        return nearest(fresh or forms, tries[-1])
 
     def _timed_point(self) -> tuple[Point, str]:
         """As `point`; where a network is dear to make, its time is measured before and the choice made again."""
@@ -337,9 +337,9 @@ class Search:
 
     @functools.cached_property
     def _teacher(self) -> onnx.ModelProto | None:
-        """The whole network at 8 bits, where it is learnt from and answers as the original does."""
-        first = self.known.first
-        if self.labelled or not self.effort.trains:
+        """The whole network at 8 bits, all its blocks in it, where it is learnt from and answers as the original."""
+        first = self.made[0]
+        if not self.effort.trains:
             return None
         return load(first.path).to_onnx() if first.drop.harm_kl <= TEACHER_KL else None
 

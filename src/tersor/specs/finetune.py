@@ -30,6 +30,9 @@ class Finetune(Spec, kind="finetune"):
     that a step applies, the largest; the rest waits (Lin 2018); 0: all of it.
     `eval_mode`: layers run as they will be used, batch norms by the statistics they have and nothing
     dropped. For a network that is near its goal, to which the batches' own statistics are only noise.
+    `views`: the batches of the first so many epochs, images and augmentation, come again and again, and a teacher
+    answers each of them once (0: every epoch is new). A teacher then costs little however long the training
+    (Shen 2022, "A fast knowledge distillation framework"); its answers take float32 times images, classes and views.
     `precision` "bf16" is autocast where the processor has it, else float32, and is reported.
     `compile` "auto" times both forms when the run is long enough to repay compiling.
     """
@@ -58,6 +61,7 @@ class Finetune(Spec, kind="finetune"):
     stripes: float = 0.0
     gradient_topk: float = 0.0
     eval_mode: bool = False
+    views: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +84,10 @@ class Finetune(Spec, kind="finetune"):
             0 <= self.small_epochs <= self.epochs,
             f"finetune.small_epochs must be between 0 and epochs ({self.epochs}), got "
             f"{self.small_epochs!r}",
+        )
+        require(
+            isinstance(self.views, int) and self.views >= 0,
+            f"finetune.views must be 0 (every epoch is new) or more, got {self.views!r}",
         )
         require(
             self.small_size >= 0,
@@ -135,6 +143,11 @@ def _refuse_contradictions(spec: Finetune) -> None:
         spec.schedule in ("one_cycle", "rewind") or spec.warmup in (0.0, DEFAULT_WARMUP),
         f"finetune.warmup is for schedule one_cycle or rewind; {spec.schedule} starts at its peak, got "
         f"warmup={spec.warmup!r}",
+    )
+    require(
+        spec.views == 0 or (spec.hints == 0 and spec.small_epochs == 0),
+        "finetune.views keeps a teacher's answers for whole images, not its features for hints nor answers for "
+        f"small_epochs, got views={spec.views!r} with hints={spec.hints!r}, small_epochs={spec.small_epochs!r}",
     )
     require(
         not spec.hint_layers or spec.hints > 0,
