@@ -132,6 +132,7 @@ BAD = [
     (Finetune, "stripes", [-1.0, math.inf, "x"]),
     (Finetune, "gradient_topk", [-0.1, 1.0, math.nan]),
     (Finetune, "eval_mode", ["yes", 1, None]),
+    (Finetune, "views", [-1, 1.5, "x"]),
 ]
 
 

@@ -189,6 +189,8 @@ def test_the_loop_uses_the_schedules_rate(schedule):
         ({"hints": 1.0, "distill": 0.5}, "leaves no share of the loss for distill"),
         ({"hints": 0.5, "hint_layers": ("",)}, "names of layers"),
         ({"hints": 0.5, "hint_layers": "conv1"}, "names of layers"),
+        ({"views": 2, "hints": 0.5}, "views .* hints=0.5"),
+        ({"views": 2, "small_epochs": 1.0}, "views .* small_epochs=1.0"),
         ({"schedule": "cosin"}, "Did you mean 'cosine'"),
     ],
 )
@@ -533,6 +535,59 @@ def test_near_its_teacher_a_network_learns_better_as_it_will_be_used(digits):
     assert found[True] < found[False]
 
 
+# Views
+
+
+class Counted(nn.Module):
+    """A teacher that counts its answers."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.seen = teacher(), []
+
+    def forward(self, images):
+        if len(images) == TINY.batch_size:  # else it is only looked at
+            self.seen.append(images)
+        return self.network(images)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_batches_come_again_after_so_many_epochs_and_not_before():
+    batches = job_of(digits_net(), dc.replace(TINY, views=2)).batches
+    per_epoch = batches.steps_per_epoch
+    anew = job_of(digits_net(), TINY).batches
+    for step in range(5 * per_epoch):
+        (images, labels), (same, known) = batches.at(step), anew.at(step % (2 * per_epoch))
+        assert torch.equal(images, same) and torch.equal(labels, known)
+    assert not torch.equal(batches.at(0)[0], batches.at(per_epoch)[0])
+
+
+@pytest.mark.parametrize("distill", [0.5, 1.0])
+def test_a_teacher_answers_each_view_once_and_the_student_learns_the_same(monkeypatch, distill):
+    spec = dc.replace(TINY, distill=distill, views=2, epochs=5)
+    once, always = Counted(), Counted()
+    kept = finetune(digits_net(), SPLITS, spec, teacher=once).module
+
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    real = loop.Loop.__init__
+
+    def forgetful(self, *args):
+        real(self, *args)
+        self._answers = Forgetful()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "__init__", forgetful)
+        asked = finetune(digits_net(), SPLITS, spec, teacher=always).module
+    per_epoch = len(SPLITS.train) // TINY.batch_size
+    assert (len(once.seen), len(always.seen)) == (2 * per_epoch, 5 * per_epoch)
+    assert equal(kept, asked)
+
+
 # Resuming
 
 
@@ -550,6 +605,7 @@ OPTIONS = {
     "stripes": dict(stripes=0.01),
     "gradient_topk": dict(gradient_topk=0.05),
     "eval_mode": dict(eval_mode=True),
+    "views": dict(views=2, distill=0.5),
     "all": dict(
         hints=0.3, distill=0.5, slimming=1e-3, stripes=1e-3, gradient_topk=0.1, schedule="cosine"
     ),

@@ -53,6 +53,17 @@ def test_a_time_that_was_measured_is_the_prediction_and_moves_the_others(trying)
     assert predictor.form(other).costs["latency_ms"] == pytest.approx(before[other])
 
 
+def test_between_two_measured_times_the_prediction_is_between_their_corrections(trying):
+    predictor = trying({}).predictor
+    wide, middle, narrow = predictor.shares()[3:8:2]
+    before = {s: predictor.form(s).costs["latency_ms"] for s in (wide, middle, narrow)}
+    predictor.hear_time(wide, 1.4 * before[wide])
+    predictor.hear_time(narrow, 0.6 * before[narrow])
+    part = (middle - narrow) / (wide - narrow)
+    expected = (0.6 + part * 0.8) * before[middle]
+    assert predictor.form(middle).costs["latency_ms"] == pytest.approx(expected)
+
+
 def test_no_network_is_made_whose_time_would_be_too_long(trying, known, monkeypatch):
     limit = 0.7 * known.first.costs["latency_ms"]
     search = trying({"latency_ms": limit})
@@ -93,10 +104,39 @@ def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
     family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
     plan = family.plan(family.units(0.5))
     wanted = Wanted(0.5, plan, 3.0, labelled=labelled)
+    monkeypatch.setattr(learn, "ANSWERING", 0.0)  # of the time: with labels no teacher is heard
     made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     assert made.epochs > 0
     assert asked and set(asked) == {(0.0, None) if labelled else (1.0, original.module)}
     assert (made.drop is not None and made.drop.labelled) if labelled else made.drop is None
+
+
+@pytest.mark.parametrize("memory, views", [(1 << 30, True), (1000, False)])
+def test_beside_labels_the_original_answers_some_epochs_once(
+    original, memory, views, tmp_path, monkeypatch
+):
+    """It answers so many that their share of the time is small, or none where that is too few to learn from."""
+    asked = []
+    real = learn.finetune
+
+    def spied(module, splits, spec, **options):
+        asked.append((spec, options["teacher"]))
+        return real(module, splits, spec, **options)
+
+    monkeypatch.setattr(learn, "finetune", spied)
+    monkeypatch.setattr(learn, "ANSWERS_BYTES", memory)
+    monkeypatch.setattr(learn, "ANSWERING", 1.0)
+    family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
+    plan = family.plan(family.units(0.5))
+    wanted = Wanted(0.5, plan, 4.0, labelled=True)
+    made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
+    spec, teacher = asked[-1]
+    assert made.epochs == spec.epochs > 0
+    if views:
+        assert learn.FEWEST_VIEWS <= spec.views <= learn.VIEWS
+        assert spec.distill == learn.TAUGHT and teacher is original.module
+    else:
+        assert (spec.views, spec.distill, teacher) == (0, 0.0, None)
 
 
 def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
@@ -120,9 +160,7 @@ def test_the_teacher_is_the_network_in_integers_while_that_answers_alike(
 ):
     def search_of(harm_kl):
         first = dc.replace(known.first, drop=dc.replace(known.first.drop, harm_kl=harm_kl))
-        search = trying({})
-        search.known = dc.replace(known, first=first)
-        return search
+        return trying({}, made=[first])
 
     far, near = search_of(2 * TEACHER_KL), search_of(0.5 * TEACHER_KL)
     share = far.predictor.shares()[5]
