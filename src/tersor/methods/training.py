@@ -252,10 +252,7 @@ class Loop:
         torch.manual_seed(self.spec.seed * 15_485_863 + step)
         with self._autocast(), self.together.whole_batch():
             outputs, ours = self.forward(inputs)
-        target: torch.Tensor | None = None
-        theirs: Features = []
-        if self.teacher is not None:
-            target, theirs = self._taught(self.teacher, step, inputs)
+        target, theirs = self._taught(step, inputs)
         read = labels if self.spec.needs_labels else None
         loss = training_loss(self.spec, outputs.float(), read, target)
         if self.regressors is not None:
@@ -279,16 +276,14 @@ class Loop:
         self.averaged.update_parameters(self.student)
         return loss.detach()
 
-    def _taught(
-        self, teacher: Tapped, step: int, inputs: torch.Tensor
-    ) -> tuple[torch.Tensor, Features]:
-        """The teacher's logits (N, classes) float32 and features for the batch of `step`; those of a batch that comes
-        again are kept."""
+    def _taught(self, step: int, inputs: torch.Tensor) -> tuple[torch.Tensor | None, Features]:
+        """The teacher's logits (N, classes) float32, where there is one, and features for the batch of `step`; the
+        logits of a batch that comes again are kept."""
         number = self.batches.number(step)
-        if number in self._answers:
-            return self._answers[number], []
+        if self.teacher is None or number in self._answers:
+            return self._answers.get(number), []
         with torch.no_grad(), self._autocast():
-            target, theirs = teacher(inputs)
+            target, theirs = self.teacher(inputs)
         target = target.float()
         if self.spec.views:
             self._answers[number] = target

@@ -51,6 +51,9 @@ SHARES = (
     0.09,
     0.08,
     0.065,
+    0.055,
+    0.045,
+    0.035,
 )
 NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of the logits
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
