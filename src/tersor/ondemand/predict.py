@@ -25,36 +25,13 @@ from tersor.ondemand.original import Original, macs_of
 from tersor.search.allocate import Option
 from tersor.search.tradeoff import Form, Point
 
+# Of the channels' cost. Where labels are learnt from, narrow networks are worth a try, and what the bounds allow to the
+# last hundredth.
 SHARES = (
-    1.0,
-    0.95,
-    0.9,
-    0.85,
-    0.8,
-    0.75,
-    0.7,
-    0.65,
-    0.6,
-    0.55,
-    0.5,
-    0.42,
-    0.35,
-    0.3,
-    0.25,
-    0.2,
-    0.18,
-    0.16,
-    0.145,
-    0.13,
-    0.115,
-    0.1,
-    0.09,
-    0.08,
-    0.065,
-    0.055,
-    0.045,
-    0.035,
+    *(n / 100 for n in range(100, 45, -5)),
+    *(0.42, 0.35, 0.3, 0.25, 0.2, 0.16, 0.13, 0.1, 0.08),
 )
+LEARNT_SHARES = (*SHARES[:14], *(round(0.3 * 0.935**n, 4) for n in range(1, 33)))
 NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of the logits
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
 # training; corrected by the first candidate.
@@ -126,7 +103,8 @@ class Predictor:
         least = 1.0 if self.family is None else self.family.least_share
         # All of a network without blocks is none that answers before it learns.
         whole = self.original.gone is None or self.family is None
-        return [share for share in SHARES if (share == 1 and whole) or 1 > share > least]
+        held = LEARNT_SHARES if self.labelled else SHARES
+        return [share for share in held if (share == 1 and whole) or 1 > share > least]
 
     def units(self, share: float) -> tuple[Units, float]:
         """What goes at that share, and the harm of it without any recovery."""
