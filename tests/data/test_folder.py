@@ -197,9 +197,30 @@ def test_grey_and_transparent_images_become_rgb(root):
     assert images[1][:, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_a_class_without_training_images_is_refused(root):
-    (root / "test" / "emu").mkdir()
-    Image.new("RGB", (6, 4)).save(root / "test" / "emu" / "0.png")
+def test_a_validation_part_of_its_own_leaves_all_training_images_to_training(root):
+    before = load_folder(root)
+    (root / "test").rename(root / "val")
+    (root / "train").rename(root / "test")
+    with pytest.raises(DataError, match="train"):
+        load_folder(root)
+    (root / "test").rename(root / "train")
+    new = np.random.default_rng(1).integers(0, 256, (4, 6, 3), np.uint8)
+    (root / "test" / "dog").mkdir(parents=True)
+    Image.fromarray(new).save(root / "test" / "dog" / "0.png")
+    splits = load_folder(root)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 4, 1)
+    assert np.array_equal(splits.validation.images, before.test.images)
+    assert splits.validation.labels.tolist() == before.test.labels.tolist()
+    seen = {image.tobytes() for image in splits.train.images}
+    assert seen == {i.tobytes() for part in (before.train, before.validation) for i in part.images}
+    assert not seen & {image.tobytes() for image in splits.validation.images}
+    assert load_folder(root, seed=1).validation.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_a_class_without_training_images_is_refused(root, part):
+    (root / part / "emu").mkdir(parents=True)
+    Image.new("RGB", (6, 4)).save(root / part / "emu" / "0.png")
     with pytest.raises(DataError, match="class 'emu' has no training images"):
         load_folder(root)
 

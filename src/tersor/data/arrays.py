@@ -94,8 +94,10 @@ def split(
     seed: int = 0,
     validation_share: float = 0.1,
     num_calibration: int = 512,
+    validation: ArraySet | None = None,
 ) -> Splits:
-    """Hold `validation_share` of the training images out and draw calibration inputs from the rest.
+    """Hold `validation_share` of the training images out, or where there is a `validation` part of its own none, and
+    draw calibration inputs from the rest.
 
     The permutation depends on `seed` alone. Raises DataError where a split would be empty,
     SpecError for a negative seed or no calibration inputs.
@@ -103,13 +105,16 @@ def split(
     for option, value, least in (("seed", seed, 0), ("num_calibration", num_calibration, 1)):
         if value < least:
             raise SpecError(f"{option} must be {least} or more, got {value}")
+    if validation is not None:
+        validation_share = 0.0
     order = np.random.default_rng([seed, 0x5711]).permutation(len(train))
     held = round(len(train) * validation_share)
-    if held < 1 or len(train) - held < 1 or len(test) < 1:
+    if (held < 1 and validation is None) or len(train) - held < 1 or len(test) < 1:
         raise DataError(
             f"{name}: {len(train)} training and {len(test)} test images are too few: every split needs "
             f"one image at least (validation takes {validation_share:.0%} of training)"
         )
     rest = train.take(order[held:])
     calibration = ArraySet(rest.images[:num_calibration], None)
-    return Splits(name, rest, calibration, train.take(order[:held]), test, classes, mean, std, seed)
+    held_out = train.take(order[:held]) if validation is None else validation
+    return Splits(name, rest, calibration, held_out, test, classes, mean, std, seed)

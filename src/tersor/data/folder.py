@@ -1,5 +1,5 @@
 """An image folder: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or images alone, without labels; decoded once
-and cached as arrays.
+and cached as arrays. DIR/val/CLASS/*.jpg, where there is one, is the validation part, else a tenth of train is.
 
 An optional DIR/dataset.json may hold `name`, `mean` and `std`; otherwise the folder's name is used and the
 statistics are computed from the training images. Its `size`, [height, width], is what every image is resized to.
@@ -40,7 +40,7 @@ def load_folder(
     one.
 
     A folder with neither train nor test in it is taken as images without labels (see data.unlabelled). Raises
-    DataError for a missing folder, no images, a class that only the test part has, an image that cannot be read or
+    DataError for a missing folder, no images, a class that the training part has not, an image that cannot be read or
     has another size; the message names the file.
     """
     root = pathlib.Path(directory)
@@ -54,12 +54,19 @@ def load_folder(
         raise DataError(
             f"{root / 'train'}: class {empty[0]!r} holds no images; add some, or remove its folder"
         )
-    if unknown := sorted({f.parent.name for f in test_files} - set(classes)):
-        raise DataError(f"{root / 'test'}: class {unknown[0]!r} has no training images")
+    val_files = _files(root / "val") if (root / "val").exists() else []
+    for part, files in (("test", test_files), ("val", val_files)):
+        if unknown := sorted({f.parent.name for f in files} - set(classes)):
+            raise DataError(f"{root / part}: class {unknown[0]!r} has no training images")
     settings = _settings(root)
     size = settings.get("size")
     train = _cached(train_files, classes, size=size)
     test = _cached(test_files, classes, expected=train.images.shape[1:], size=size)
+    val = (
+        _cached(val_files, classes, expected=train.images.shape[1:], size=size)
+        if val_files
+        else None
+    )
     mean, std = settings.get("mean"), settings.get("std")
     if mean is None or std is None:
         mean, std = channel_statistics(train.images)
@@ -72,6 +79,7 @@ def load_folder(
         tuple(float(s) for s in std),
         seed=seed,
         num_calibration=num_calibration,
+        validation=val,
     )
 
 

@@ -257,4 +257,8 @@ def _told(
             f"no labels: the drop is judged by the original's own answers on {num_held} held-out inputs of "
             f"{splits.name}",
         ), f"{num_held} held-out inputs of {splits.name}, no labels"
-    return (), f"{num_held} held-out inputs of {splits.name} with their labels (validation part)"
+    return (
+        "labels: where the original was itself trained on these held-out inputs, it does better on them than on new "
+        "ones, and networks that learnt without them lose less than is said; inputs it never saw, under DIR/val, judge "
+        "fairly",
+    ), f"{num_held} held-out inputs of {splits.name} with their labels (validation part)"
