@@ -139,6 +139,31 @@ def test_for_time_the_block_goes_without_which_the_narrowest_is_fastest(trying, 
     assert [line.layer for line in gone.layers] == ["slim"]
 
 
+@pytest.mark.parametrize(
+    "shares, gone",
+    [
+        ((0.5, 0.9, 0.9), 0),
+        ((0.05, 0.04, 0.9), 0),
+        ((0.05, 0.07, 0.06), 1),
+        ((0.05, 0.06, 0.07), 2),
+    ],
+)
+def test_of_what_is_fast_enough_that_with_the_most_multiplications_is_taught(
+    trying, original, monkeypatch, shares, gone
+):
+    """`shares` of the original's multiplications are left within the time with 0, 1 and 2 blocks gone."""
+    start = trying({"latency_ms": 1e3})
+    monkeypatch.setattr(depth, "probed", lambda *args, **options: (1.0, 1.0))
+
+    def reached(self):
+        lines = self.original.gone.layers if self.original.gone else ()
+        return shares[len(lines)] * original.costs["macs"], ""
+
+    monkeypatch.setattr(Search, "reached", reached)
+    found = shallower(start)
+    assert len(found.original.gone.layers if found.original.gone else ()) == gone
+
+
 def test_a_model_without_blocks_is_whole_in_file_page_and_class(
     trying, beyond, original, known, splits, run, monkeypatch
 ):

@@ -12,6 +12,7 @@ from tersor.methods.restore import restructured
 from tersor.ondemand.facts import facts
 from tersor.ondemand.network import example_of
 from tersor.ondemand.original import Original, macs_of
+from tersor.ondemand.predict import LEARNT_MACS
 from tersor.ondemand.probe import probed
 from tersor.ondemand.search import Search
 from tersor.pipeline import deployment_graph
@@ -23,9 +24,10 @@ LEFT = 0.6  # of an effort's time, for the network that is then taught
 
 
 def shallower(search: Search) -> Search:
-    """`search` itself; or where no share of the channels reaches its bounds on time, multiplications or energy, one
-    that starts from the network without residual blocks: as few as reach them, and more while the network that is then
-    within them has more multiplications than before.
+    """`search` itself; or where no share of the channels reaches its bounds on time, multiplications or energy, or one
+    reaches that on time with so few multiplications that it would lose much, one that starts from the network without
+    residual blocks: as few as reach them, and more while the network that is then within them has more multiplications
+    than before.
 
     The block goes without which the narrowest network is the fastest, by measurement (or has the fewest
     multiplications, where the budget is not of time). What such a network answers at first says nothing of what it
@@ -34,7 +36,8 @@ def shallower(search: Search) -> Search:
     if not search.labelled:
         return search
     macs, axis = search.reached()
-    if axis not in BY_CHANNELS:
+    narrow = "latency_ms" in search.asked and macs < LEARNT_MACS * search.original.costs["macs"]
+    if axis not in BY_CHANNELS and not narrow:
         return search
     while search.clock.left > LEFT * search.clock.limit:
         gone = _one_more(search)
