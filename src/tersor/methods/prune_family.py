@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from tersor.tensors.unit_criteria import UNIT_CRITERIA
 FloatArray = npt.NDArray[np.float32]
 TRIED = (0.25, 0.5, 0.75)  # shares of a group removed in its trials
 UNSEEN_SHARE = 0.25  # of what the images' own statistics change
+WIDER = 1.5
+EQUAL = 0.8  # of the cost beyond the narrowest's has a network of equal widths, the rest goes where it buys most
 WIDEST_MULTIPLE = 16  # channels that integer kernels take at a time
 # By group: numbers of units that were removed in trials, and the harm of each.
 Harms = Mapping[str, tuple[list[int], list[float]]]
@@ -106,16 +108,55 @@ class ChannelFamily:
         """The units of each group that go so that at most `share` of the cost (0 to 1) is left, with the least sum
         of measured harms. Raises ModelError where that is too little to be left."""
         if share >= 1:
-            return {group.name: np.zeros(0, np.int64) for group in self.ranked.groups}
+            return self._none()
+        limit = self._limit(share)
+        start = self._equal(limit)
+        return allocated(
+            self.ranked.groups, self.harms, self.ranked.lowest, self.cost, limit, start
+        )
+
+    def busiest(self, share: float) -> Units:
+        """The units of each group that go so that at most `share` of the cost (0 to 1) is left, and with it as many
+        multiplications as near equal widths allow: each group keeps the same share of its units, for a little less
+        than the cost, and is then widened step by step, to WIDER times that, where most multiplications come for the
+        cost first.
+
+        For networks that are trained anew, to which widths matter more than which units these are (Liu 2019,
+        "Rethinking the value of network pruning"). Raises ModelError where that is too little to be left.
+        """
+        if share >= 1:
+            return self._none()
+        limit = self._limit(share)
+        floor = self.cost(self.ranked.at(1.0))
+        equal = current = self._equal(floor + EQUAL * (limit - floor))
+        while True:
+            cost, macs = self.cost(current), self.macs(current)
+            wider = self._wider(current, equal)
+            tried = [(units, self.cost(units), self.macs(units)) for units in wider]
+            fitting = [each for each in tried if each[1] <= limit]
+            if not fitting:
+                return current
+            current = max(fitting, key=lambda each: (each[2] - macs) / max(each[1] - cost, 1))[0]
+
+    def _wider(self, units: Units, equal: Units) -> Iterator[Units]:
+        """`units` with one group a step wider, where that is at most WIDER times what `equal` leaves."""
+        for group in self.ranked.groups:
+            gone, most = len(units[group.name]), group.num_units - len(equal[group.name])
+            if gone:
+                fewer = self.ranked.lowest(group, gone - 1)
+                if group.num_units - len(fewer) <= WIDER * most:
+                    yield {**units, group.name: fewer}
+
+    def _none(self) -> Units:
+        return {group.name: np.zeros(0, np.int64) for group in self.ranked.groups}
+
+    def _limit(self, share: float) -> float:
         limit = share * self.whole
         if self.cost(self.ranked.at(1.0)) > limit:
             raise ModelError(
                 f"no removal leaves {share:.4f} of the cost; at least {self.least_share:.4f} stays"
             )
-        start = self._equal(limit)
-        return allocated(
-            self.ranked.groups, self.harms, self.ranked.lowest, self.cost, limit, start
-        )
+        return limit
 
     def _equal(self, limit: float) -> Units:
         """The smallest share of units, the same of every group, that keeps the limit."""

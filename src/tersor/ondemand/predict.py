@@ -111,7 +111,8 @@ class Predictor:
         if self.family is None or share >= 1:
             return {}, 0.0
         if share not in self._units:
-            units = self.family.units(share)
+            choose = self.family.busiest if self.labelled else self.family.units
+            units = choose(share)
             harm = self.family.harm(units)
             if any(len(held) for held in units.values()):
                 harm = max(harm, self.family.unseen)
