@@ -6,6 +6,7 @@ or measured reaches the others here. torch is imported where there is more than 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses as dc
 import datetime
 import functools
@@ -118,7 +119,17 @@ def _group(limit: datetime.timedelta) -> Any:
         distributed.init_process_group(
             "gloo", timeout=PATIENCE, rank=here.rank, world_size=here.count
         )
+        # Else gloo's threads may outlive the interpreter and abort the process, whose exit code is then lost.
+        atexit.register(_leave)
     return distributed.new_group(backend="gloo", timeout=limit)
+
+
+def _leave() -> None:
+    import torch.distributed as distributed
+
+    _group.cache_clear()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _exchange(name: str, *values: Any, **options: Any) -> None:
