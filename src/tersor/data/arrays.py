@@ -105,16 +105,14 @@ def split(
     for option, value, least in (("seed", seed, 0), ("num_calibration", num_calibration, 1)):
         if value < least:
             raise SpecError(f"{option} must be {least} or more, got {value}")
-    if validation is not None:
-        validation_share = 0.0
     order = np.random.default_rng([seed, 0x5711]).permutation(len(train))
-    held = round(len(train) * validation_share)
-    if (held < 1 and validation is None) or len(train) - held < 1 or len(test) < 1:
+    held = round(len(train) * validation_share) if validation is None else 0
+    validation = train.take(order[:held]) if validation is None else validation
+    if len(validation) < 1 or len(train) - held < 1 or len(test) < 1:
         raise DataError(
             f"{name}: {len(train)} training and {len(test)} test images are too few: every split needs "
             f"one image at least (validation takes {validation_share:.0%} of training)"
         )
     rest = train.take(order[held:])
     calibration = ArraySet(rest.images[:num_calibration], None)
-    held_out = train.take(order[:held]) if validation is None else validation
-    return Splits(name, rest, calibration, held_out, test, classes, mean, std, seed)
+    return Splits(name, rest, calibration, validation, test, classes, mean, std, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from tersor.tensors.unit_criteria import UNIT_CRITERIA
 FloatArray = npt.NDArray[np.float32]
 TRIED = (0.25, 0.5, 0.75)  # shares of a group removed in its trials
 UNSEEN_SHARE = 0.25  # of what the images' own statistics change
-WIDER = 1.5
+WIDER = 1.5  # times the equal width a group has at most where multiplications choose
 EQUAL = 0.8  # of the cost beyond the narrowest's has a network of equal widths, the rest goes where it buys most
 WIDEST_MULTIPLE = 16  # channels that integer kernels take at a time
 # By group: numbers of units that were removed in trials, and the harm of each.
@@ -102,7 +103,12 @@ class ChannelFamily:
     @property
     def least_share(self) -> float:
         """The share of the cost that is left when all that may go is removed."""
-        return self.cost(self.ranked.at(1.0)) / self.whole
+        return self._narrowest / self.whole
+
+    @functools.cached_property
+    def _narrowest(self) -> int:
+        """The cost when all that may go is removed."""
+        return self.cost(self.ranked.at(1.0))
 
     def units(self, share: float) -> Units:
         """The units of each group that go so that at most `share` of the cost (0 to 1) is left, with the least sum
@@ -127,8 +133,7 @@ class ChannelFamily:
         if share >= 1:
             return self._none()
         limit = self._limit(share)
-        floor = self.cost(self.ranked.at(1.0))
-        equal = current = self._equal(floor + EQUAL * (limit - floor))
+        equal = current = self._equal(self._narrowest + EQUAL * (limit - self._narrowest))
         while True:
             cost, macs = self.cost(current), self.macs(current)
             wider = self._wider(current, equal)
@@ -152,7 +157,7 @@ class ChannelFamily:
 
     def _limit(self, share: float) -> float:
         limit = share * self.whole
-        if self.cost(self.ranked.at(1.0)) > limit:
+        if self._narrowest > limit:
             raise ModelError(
                 f"no removal leaves {share:.4f} of the cost; at least {self.least_share:.4f} stays"
             )

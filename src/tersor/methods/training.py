@@ -72,9 +72,8 @@ class Loop:
         ours: list[Place] = []
         self.teacher: Tapped | None = None
         self.regressors: Regressors | None = None
-        self._answers: dict[
-            int, torch.Tensor
-        ] = {}  # the teacher's, by the step whose batch comes again
+        # The teacher's answers, by the step whose batch comes again.
+        self._answers: dict[int, torch.Tensor] = {}
         if teacher is not None and spec.needs_teacher:
             ours = self._set_teacher(teacher, torch.zeros(2, *splits.input_shape))
         alone = self.together.processes.alone

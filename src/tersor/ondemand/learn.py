@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
+import functools
 import pathlib
 import time
 
@@ -93,7 +94,7 @@ class _Training:
             fitted.module,
             self.original.splits,
             dc.replace(recipe, epochs=epochs, learning_rate=rate),
-            teacher=self._teacher() if recipe.needs_teacher else None,
+            teacher=self._teacher if recipe.needs_teacher else None,
             checkpoint=checkpoint,
             on_progress=lambda p: self.watch(f"learning: {p}", p.step / p.num_steps),
         ).module
@@ -112,7 +113,7 @@ class _Training:
     def _tried(self, fitted: Network) -> tuple[float, float, int]:
         """Epochs, rate and views, by trainings of a few steps."""
         recipe, per_epoch = self._sized()
-        teacher, spent = self._teacher() if recipe.needs_teacher else None, 0.0
+        teacher, spent = self._teacher if recipe.needs_teacher else None, 0.0
         trials, steps = (TRIALS, TRIAL_STEPS) if recipe.eval_mode else (1, SPEED_STEPS)
         short = dc.replace(recipe, epochs=steps / per_epoch)
         for halvings in range(trials):
@@ -143,7 +144,7 @@ class _Training:
         """Seconds in which the teacher answers an epoch, and how many epochs it answers of a training of `seconds`."""
         recipe, per_epoch = self._sized()
         device, started = training_device(), 0.0
-        teacher = on_device(copy.deepcopy(self._teacher()), device).eval()
+        teacher = on_device(copy.deepcopy(self._teacher), device).eval()
         batches = Batches(self.original.splits, recipe, device)
         with torch.inference_mode():
             for step in range(1 + SPEED_STEPS):  # the first one is not timed
@@ -155,6 +156,7 @@ class _Training:
         views = int(min(VIEWS, ANSWERING * seconds / epoch, memory))
         return epoch, views if views >= FEWEST_VIEWS else 0
 
+    @functools.cached_property
     def _teacher(self) -> nn.Module:
         """The original; where the processor trains, in integers: the student then has the time that is saved."""
         answers = self.wanted.teacher

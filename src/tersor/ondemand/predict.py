@@ -138,16 +138,9 @@ class Predictor:
     def form(self, share: float, mode: str = STATIC) -> Form:
         """The network with `share` of its channels' cost, and the options of its layers."""
         units, harm = self.units(share)
-        factors, left, macs = self.factors, {}, 1.0
-        latency = self.first.costs["latency_ms"] if mode == STATIC else self.original.engine_ms
+        factors, left, macs = self.factors, {}, self._macs_left(units)
         if self.family is not None and units:
-            macs = self.family.macs(units) / self.family.macs({})
             left = self.family.sizes(units)
-            if mode == STATIC and not self.by_macs:
-                inside = min(1e-6 * self.family.whole, 0.95 * latency)
-                latency += inside * (self.family.cost(units) / self.family.whole - 1)
-            else:
-                latency *= FIXED + (1 - FIXED) * macs
         options = {
             name: [
                 dc.replace(option, cost=option.cost * self._size_of(option))
@@ -159,7 +152,7 @@ class Predictor:
         }
         integers = mode == STATIC
         costs = {
-            "latency_ms": self._time(share, mode, latency),
+            "latency_ms": self._time(share, mode),
             "macs": macs * self.macs,
         }
         costs["energy_mj"] = counted_energy_mj(
@@ -192,7 +185,7 @@ class Predictor:
         units = self.units(share)[0]
         if self.family is None or not units:
             return 0.0
-        macs = self.macs * self.family.macs(units) / self.family.macs({})
+        macs = self.macs * self._macs_left(units)
         left = macs / (LEARNT_MACS * self.original.costs["macs"])
         harms, drops = self._drops
         return float(np.interp(LEARNT_PT / left**2, drops, harms))
@@ -247,20 +240,33 @@ class Predictor:
     def hear_time(self, share: float, ms: float, mode: str = STATIC) -> None:
         """Learn how long the network with that share takes, and that those near it differ from their predictions
         alike."""
-        self._timed[mode].pop(share, None)
-        predicted = self.form(share, mode).costs["latency_ms"] / self._factor(share, mode)
-        self._timed[mode][share] = ms, float(np.clip(ms / predicted, *TIMED_CLIP))
+        factor = float(np.clip(ms / self._predicted_ms(share, mode), *TIMED_CLIP))
+        self._timed[mode][share] = ms, factor
 
-    def _time(self, share: float, mode: str, predicted: float) -> float:
+    def _time(self, share: float, mode: str) -> float:
         """As measured, or as predicted and corrected by the shares on both sides that were measured."""
         if share in self._timed[mode]:
             return self._timed[mode][share][0]
-        return predicted * self._factor(share, mode)
-
-    def _factor(self, share: float, mode: str) -> float:
         known = {1.0: 1.0} | {s: factor for s, (_, factor) in self._timed[mode].items()}
         shares, factors = zip(*sorted(known.items()), strict=True)
-        return float(np.interp(share, shares, factors))
+        return self._predicted_ms(share, mode) * float(np.interp(share, shares, factors))
+
+    def _predicted_ms(self, share: float, mode: str) -> float:
+        """By the table of single layers, or by multiplications; before any correction."""
+        units = self.units(share)[0]
+        whole = self.first.costs["latency_ms"] if mode == STATIC else self.original.engine_ms
+        if self.family is None or not units:
+            return whole
+        if mode == STATIC and not self.by_macs:
+            inside = min(1e-6 * self.family.whole, 0.95 * whole)
+            return whole + inside * (self.family.cost(units) / self.family.whole - 1)
+        return whole * (FIXED + (1 - FIXED) * self._macs_left(units))
+
+    def _macs_left(self, units: Units) -> float:
+        """The share of the multiplications that stays."""
+        if self.family is None or not units:
+            return 1.0
+        return self.family.macs(units) / self.family.macs({})
 
     def hear_network(self, share: float, harm: float) -> None:
         """Learn the KL divergence of the network that was made with that share."""
