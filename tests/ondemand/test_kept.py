@@ -86,19 +86,19 @@ def test_a_training_that_was_interrupted_goes_on_from_its_checkpoint(
 
     with Run(tmp_path, tell=lambda: told.append(1)) as run:
         kept = Kept(tmp_path, Clock(1.0), run)
-        images = splits.normalise(splits.train.images[:400])
-        loaded = given(net, images)
+        # What is learnt from labels is always taken; of the original's answers only what came nearer.
+        loaded = given(net, splits)
         original = measured_original(loaded, Budget(drop=1), effort, kept, watch=unwatched)
         family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
-        plan = family.plan(family.units(0.25))
+        plan = family.plan(family.units(0.5))
         with pytest.raises(KeyboardInterrupt):
-            build.network(original, Wanted(0.25, plan, 9.0), kept, interrupting)
+            build.network(original, Wanted(0.5, plan, 9.0, labelled=True), kept, interrupting)
         assert told == [1]
     with Run(tmp_path) as run:
         kept = Kept(tmp_path, Clock(1.0), run)
-        trained = build.network(original, Wanted(0.25, plan, 9.0), kept, watch)
+        trained = build.network(original, Wanted(0.5, plan, 9.0, labelled=True), kept, watch)
         spent = kept.clock.passed
-        again = build.network(original, Wanted(0.25, plan), kept, watch)
+        again = build.network(original, Wanted(0.5, plan, labelled=True), kept, watch)
         assert kept.clock.passed > spent, "what it took counts again, in another process"
     assert trained.epochs == again.epochs > 0 and trained.harm_kl == again.harm_kl
     assert trained.plan == again.plan
