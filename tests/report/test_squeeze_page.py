@@ -1,25 +1,21 @@
 """Claims about the curve of bytes against accuracy: every row is on both pages, goals are just, published is marked."""
 
 import copy
-import importlib.util
 import json
 import pathlib
+import re
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import network_names
+import squeeze
+import squeeze_figure
+import squeeze_peers
+import tables
+import tables_small_files as small
+
 ROOT = pathlib.Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tables, squeeze = script("tables"), script("squeeze")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +34,9 @@ def row(told, model="resnet18", form="size=1", size=1000, lost=0.1, **more):
 def test_both_pages_are_what_the_rows_say(told):
     pages = {name: (ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "results.md")}
     again = "run python benchmarks/tables.py"
-    assert tables.squeezed(told) in pages["benchmarks.md"], again
+    assert small.squeezed(told) in pages["benchmarks.md"], again
     assert (
-        tables.with_section(pages["results.md"], tables.bytes_and_accuracy(told))
+        tables.with_section(pages["results.md"], small.bytes_and_accuracy(told))
         == (pages["results.md"])
     ), again
     for each in told["rows"]:
@@ -67,11 +63,11 @@ def test_goals_are_judged_by_the_smallest_file_within_the_loss(told):
         row(told, "resnet18", "size=4", 2 * mib, 0.5, seconds=600.0),
         row(told, "resnet18", "size=5", mib, 0.5, seconds=601.0),
     ]
-    verdicts = [line[-1] for line in tables.goals(rows)]
+    verdicts = [line[-1] for line in small.goals(rows)]
     assert verdicts == ["met", "missed", "met", "missed", "met"]
-    assert "2.00 MiB" in tables.goals(rows)[-1][3]
-    assert "1.00 MiB" in tables.goals(rows)[0][3]
-    assert [line[3:] for line in tables.goals(rows[1:2])] == [
+    assert "2.00 MiB" in small.goals(rows)[-1][3]
+    assert "1.00 MiB" in small.goals(rows)[0][3]
+    assert [line[3:] for line in small.goals(rows[1:2])] == [
         *[["none within the loss", "missed"]] * 2,
         *[["not measured", "–"]] * 3,
     ]
@@ -83,12 +79,33 @@ def test_merging_keeps_each_row_once_and_the_last_of_equals(told):
     found = squeeze.merged([{"rows": [largest, one, seed]}, {"rows": [other]}])
     assert found["rows"] == [seed, other, largest]
     assert squeeze.merged([found]) == found
-    assert len(found["published"]) == len(squeeze.PUBLISHED)
+    assert len(found["published"]) == len(squeeze_peers.PUBLISHED)
     assert squeeze.merged([told]) == told, "results/squeeze.json is a merged file"
 
 
+def test_a_network_s_name_tells_every_step_and_all_its_epochs(told):
+    rows = [row(told, "vgg16_bn", "size=1", 541_228, epochs=45.0)]
+    blocks = "resnet18-blocks-layer1.0+layer1.1-0-0-widths-fisher-conv1=16+layer2=48-fit-45-0"
+    assert network_names.made_by(blocks) == (
+        "without the blocks layer1.0, layer1.1, channels conv1=16, layer2=48 stay (fisher), 45 epochs"
+    )
+    assert network_names.epochs_of(blocks, rows) == 45
+    later = "vgg16_bn_541kB-as_it_is-2-0-unstructured-lamp-global-0.5-22.5-1"
+    assert network_names.made_by(later) == (
+        "vgg16_bn_541kB.tersor, trained on, 2 epochs, 50% pruned (lamp), 22.5 epochs"
+    )
+    assert network_names.epochs_of(later, rows) == 45 + 2 + 22.5
+    for held in told["rows"]:
+        if "network=" in held["form"]:
+            words, stem = small.words_of(held), held["form"].partition("network=")[2]
+            own = re.findall(r"epochs=([0-9.]+)|([0-9.]+) epochs", words)
+            start = [r for r in told["rows"] if f"after {network_names.piece_name(r)}," in words]
+            behind = [r["epochs"] for r in start if network_names.is_ours(r)]
+            assert sum(float(a or b) for a, b in own) + sum(behind) == held["epochs"], stem
+
+
 def test_published_points_stand_apart_and_are_called_so(told):
-    text = tables.published(told)
+    text = small.published(told)
     assert text.startswith("Published, not measured here")
     for point in told["published"]:
         assert point["source"] in text and f"{point['size_bytes']:,}" in text
@@ -104,7 +121,7 @@ def test_the_figure_shows_every_row_and_every_published_size_legibly(told):
         row(told, "vgg16_bn", "deep=0.9,5", 9_000_000, 40.0),
         row(told, "vgg16_bn", "deep=0.9,5,epochs=2", 8_000_000, 0.2, epochs=2.0),
     ]
-    figure = squeeze.drawn({**told, "rows": rows})
+    figure = squeeze_figure.drawn({**told, "rows": rows})
     FigureCanvasAgg(figure).draw()
     *curves, points = figure.axes
     drawn = [x for axes in curves for bars in axes.containers for x in bars.lines[0].get_xdata()]

@@ -112,33 +112,39 @@ class _Training:
 
     def _tried(self, fitted: Network) -> tuple[float, float, int]:
         """Epochs, rate and views, by trainings of a few steps."""
+        if self.recipe.eval_mode:
+            return *self._gentlest(fitted), 0
         recipe, per_epoch = self._sized()
-        teacher, spent = self._teacher if recipe.needs_teacher else None, 0.0
-        trials, steps = (TRIALS, TRIAL_STEPS) if recipe.eval_mode else (1, SPEED_STEPS)
-        short = dc.replace(recipe, epochs=steps / per_epoch)
-        for halvings in range(trials):
-            rate = recipe.learning_rate / 2**halvings
-            self.watch(f"which rate learns: {rate:.2g}", halvings / trials)
-            found = finetune(
-                fitted.module,
-                self.original.splits,
-                dc.replace(short, learning_rate=rate),
-                teacher=teacher,
-            )
-            spent += found.seconds
-            left = max(self.wanted.train_seconds - spent, 0.0)
-            epoch = per_epoch * max(found.seconds, 1e-3) / steps
-            epochs = left / epoch
-            if not recipe.eval_mode:
-                answering, views = self._answering(left) if self.wanted.labelled else (0.0, 0)
-                epochs = (left - views * answering) / epoch
-                return epochs, _rate(recipe, epochs, per_epoch), views
-            harm = judged(self.original, self.wanted, found.module).harm_kl
-            if harm < TRIAL_HARM * fitted.harm_kl:
-                return epochs, rate / 2, 0
+        _, epoch, spent = self._stepped(fitted, recipe.learning_rate, SPEED_STEPS)
+        left = max(self.wanted.train_seconds - spent, 0.0)
+        answering, views = self._answering(left) if self.wanted.labelled else (0.0, 0)
+        epochs = (left - views * answering) / epoch
+        return epochs, _rate(recipe, epochs, per_epoch), views
+
+    def _gentlest(self, fitted: Network) -> tuple[float, float]:
+        """Epochs, and the highest rate that is safe for what is near the original; 0 epochs where none is."""
+        rate, spent = self.recipe.learning_rate, 0.0
+        for halvings in range(TRIALS):
+            self.watch(f"which rate learns: {rate:.2g}", halvings / TRIALS)
+            module, epoch, seconds = self._stepped(fitted, rate, TRIAL_STEPS)
+            spent += seconds
+            rate /= 2
+            if judged(self.original, self.wanted, module).harm_kl < TRIAL_HARM * fitted.harm_kl:
+                return max(self.wanted.train_seconds - spent, 0.0) / epoch, rate
             if spent > self.wanted.train_seconds:
                 break
-        return 0.0, recipe.learning_rate, 0  # whatever is learnt takes it away
+        return 0.0, rate  # whatever is learnt takes it away
+
+    def _stepped(self, fitted: Network, rate: float, steps: int) -> tuple[nn.Module, float, float]:
+        """`fitted` after so many steps, the seconds that an epoch takes, and those that were spent."""
+        recipe, per_epoch = self._sized()
+        found = finetune(
+            fitted.module,
+            self.original.splits,
+            dc.replace(recipe, epochs=steps / per_epoch, learning_rate=rate),
+            teacher=self._teacher if recipe.needs_teacher else None,
+        )
+        return found.module, per_epoch * max(found.seconds, 1e-3) / steps, found.seconds
 
     def _answering(self, seconds: float) -> tuple[float, int]:
         """Seconds in which the teacher answers an epoch, and how many epochs it answers of a training of `seconds`."""
