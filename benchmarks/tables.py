@@ -310,7 +310,6 @@ def on_demand(told):
     for row in told["rows"]:
         held = row.get("asked_and_told", {})
         asked = ", ".join(f"{k} {v}" for k, v in row.get("budget", {}).items())
-        faster = row["times_faster"]
         lines.append(
             [
                 NAMES.get(row["model"], row["model"]),
@@ -320,7 +319,7 @@ def on_demand(told):
                 {True: "yes", False: "no"}.get(held.get("met"), "–"),
                 f"{row['smaller']:.1f}",
                 *(
-                    f"{faster[batch][name]:.1f}"
+                    over_runs(row, batch, name)
                     for name in ("over_eager", "over_int8")
                     for batch in ("1", "64")
                 ),
@@ -333,7 +332,8 @@ def on_demand(told):
         "## On demand\n\n"
         f"{first['data']}, n = {first['num_samples']:,} test images that no search saw; difference to the "
         f"float network in points with its paired 95 % interval. {first['threads']} threads; times faster, of medians "
-        "in one run in turns, each alone for a while as in use, than PyTorch's eager float32 and than the float "
+        "in one run in turns, each alone for a while as in use (with a range: the median, the lowest and the highest "
+        "of several runs, each a process of its own), than PyTorch's eager float32 and than the float "
         "network's plain static int8, each on its fastest engine, at batch 1 and 64. Networks by hand were pruned and "
         "trained by `benchmarks/pruning_finetuned.py` (the name tells how, and the epochs). Labels: whether they were "
         "used to make or to judge. Times smaller is against the float weights. "
@@ -356,6 +356,13 @@ def on_demand(told):
             lines,
         )
     )
+
+
+def over_runs(row, batch, name):
+    """How many times faster, and where several runs were timed the lowest and the highest of them."""
+    text = f"{row['times_faster'][batch][name]:.1f}"
+    runs = [run[batch][name] for run in row.get("times_faster_runs", [])]
+    return f"{text} ({min(runs):.1f}–{max(runs):.1f})" if runs else text
 
 
 def low_rank(told):

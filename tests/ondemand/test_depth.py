@@ -112,7 +112,7 @@ def test_the_dearest_block_goes_first_and_no_more_than_must(trying, beyond, orig
     assert [line.layer for line in found.original.gone.layers] == ["wide"]
     assert found.reached()[1] == ""
     assert macs_of(found.original.graph) < 0.5 * macs_of(original.graph)
-    assert found.original.eager is original.module
+    assert found.original.whole is original.module
     assert found.made == start.made, "what was measured of the whole network stays"
     assert any("without the block wide" in note and "macs" in note for note in found.notes)
     np.testing.assert_array_equal(found.original.logits, original.logits)

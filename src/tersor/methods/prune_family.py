@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from tersor.errors import ModelError
@@ -116,7 +117,7 @@ class ChannelFamily:
         if share >= 1:
             return self._none()
         limit = self._limit(share)
-        start = self._equal(limit)
+        start = self.ranked.at(self._equal_share(limit))
         return allocated(
             self.ranked.groups, self.harms, self.ranked.lowest, self.cost, limit, start
         )
@@ -124,8 +125,9 @@ class ChannelFamily:
     def busiest(self, share: float) -> Units:
         """The units of each group that go so that at most `share` of the cost (0 to 1) is left, and with it as many
         multiplications as near equal widths allow: each group keeps the same share of its units, for a little less
-        than the cost, and is then widened step by step, to WIDER times that, where most multiplications come for the
-        cost first.
+        than the cost, and is then widened step by step, to WIDER times that (by one step at least), where most
+        multiplications come for the cost first. Fully connected layers of one vector an input are held to be no
+        wider than what they read: their weights take the time of being read, and do one multiplication each.
 
         For networks that are trained anew, to which widths matter more than which units these are (Liu 2019,
         "Rethinking the value of network pruning"). Raises ModelError where that is too little to be left.
@@ -133,7 +135,10 @@ class ChannelFamily:
         if share >= 1:
             return self._none()
         limit = self._limit(share)
-        equal = current = self._equal(self._narrowest + EQUAL * (limit - self._narrowest))
+        share = self._equal_share(
+            self._narrowest + EQUAL * (limit - self._narrowest), self._bounded
+        )
+        equal = current = self._bounded(self.ranked.at(share))
         while True:
             cost, macs = self.cost(current), self.macs(current)
             wider = self._wider(current, equal)
@@ -144,13 +149,60 @@ class ChannelFamily:
             current = max(fitting, key=lambda each: (each[2] - macs) / max(each[1] - cost, 1))[0]
 
     def _wider(self, units: Units, equal: Units) -> Iterator[Units]:
-        """`units` with one group a step wider, where that is at most WIDER times what `equal` leaves."""
+        """`units` with one group a step wider, where that is at most WIDER times what `equal` leaves, or one step."""
+        read = self._read(units)
         for group in self.ranked.groups:
-            gone, most = len(units[group.name]), group.num_units - len(equal[group.name])
-            if gone:
-                fewer = self.ranked.lowest(group, gone - 1)
-                if group.num_units - len(fewer) <= WIDER * most:
-                    yield {**units, group.name: fewer}
+            gone = len(units[group.name])
+            if not gone:
+                continue
+            fewer = self.ranked.lowest(group, gone - 1)
+            first = group.num_units - len(equal[group.name])
+            width, step = group.num_units - len(fewer), gone - len(fewer)
+            most = min(max(WIDER * first, first + step), read.get(group.name, group.num_units))
+            if width <= most:
+                yield {**units, group.name: fewer}
+
+    def _bounded(self, units: Units) -> Units:
+        """`units`, and of fully connected groups as many more as make them no wider than what they read."""
+        bounded = dict(units)
+        for group in self.ranked.groups:  # in the order of the layers: each may bound the next
+            most = self._read(bounded).get(group.name, group.num_units)
+            if group.num_units - len(bounded[group.name]) > most:
+                bounded[group.name] = self.ranked.lowest(group, group.num_units - most)
+        return bounded
+
+    def _read(self, units: Units) -> dict[str, int]:
+        """How many values the layers of a fully connected group read, without `units`."""
+        kept: Mapping[tuple[str, int], Any] = self.found.kept(units)
+        return {
+            group: min(
+                len(kept.get((f"{name}.weight", 1), range(layer.in_features)))
+                for name, layer in layers.items()
+            )
+            for group, layers in self._of_vectors.items()
+        }
+
+    @functools.cached_property
+    def _of_vectors(self) -> dict[str, dict[str, nn.Linear]]:
+        """The layers of each group that only linear layers make, of one vector an input (not of many, as tokens)."""
+        linear = {n: m for n, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+        vectors: set[str] = set()
+
+        def told(name: str) -> Callable[..., None]:
+            return lambda layer, inputs, output: vectors.add(name) if output.ndim == 2 else None
+
+        hooks = [layer.register_forward_hook(told(name)) for name, layer in linear.items()]
+        with torch.inference_mode():
+            self.module(self.trials.images[0][:1])
+        for hook in hooks:
+            hook.remove()
+        found = {}
+        for group in self.ranked.groups:
+            made = {m.name for m in group.members if m.role == "output" and m.axis == 0}
+            layers = {n.removesuffix(".weight") for n in made if n.endswith(".weight")}
+            if layers and layers <= vectors:
+                found[group.name] = {name: linear[name] for name in layers}
+        return found
 
     def _none(self) -> Units:
         return {group.name: np.zeros(0, np.int64) for group in self.ranked.groups}
@@ -163,15 +215,14 @@ class ChannelFamily:
             )
         return limit
 
-    def _equal(self, limit: float) -> Units:
-        """The smallest share of units, the same of every group, that keeps the limit."""
+    def _equal_share(self, limit: float, made: Callable[[Units], Units] = lambda u: u) -> float:
+        """The smallest share of units, the same of every group, that keeps the limit; `made` of them is priced."""
         low, high = 0.0, 1.0
         for _ in range(12):
             middle = (low + high) / 2
-            low, high = (
-                (low, middle) if self.cost(self.ranked.at(middle)) <= limit else (middle, high)
-            )
-        return self.ranked.at(high)
+            cost = self.cost(made(self.ranked.at(middle)))
+            low, high = (low, middle) if cost <= limit else (middle, high)
+        return high
 
     def harm(self, units: Units) -> float:
         """The KL divergence (nats) of the network without `units` from the original, batch norms on the images' own

@@ -115,7 +115,7 @@ def measured(
     if chosen.chosen is None or chosen.engine is None:
         return None
     session = open_session(graph, engine=chosen.engine, threads=original.threads)
-    eager = open_session(original.eager, engine="torch", threads=original.threads)
+    eager = open_session(original.as_given, engine="torch", threads=original.threads)
     times = time_apart(
         {EAGER: eager, MODEL: session}, original.input_shape, original.batch, seconds=seconds
     )

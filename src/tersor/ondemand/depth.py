@@ -36,7 +36,7 @@ def shallower(search: Search) -> Search:
     if not search.labelled:
         return search
     macs, axis = search.reached()
-    narrow = "latency_ms" in search.asked and macs < LEARNT_MACS * search.original.costs["macs"]
+    narrow = "latency_ms" in search.asked and macs < LEARNT_MACS * search.original.macs
     if axis not in BY_CHANNELS and not narrow:
         return search
     while search.clock.left > LEFT * search.clock.limit:
@@ -91,7 +91,7 @@ def _one_more(search: Search) -> Plan | None:
     before = () if original.gone is None else original.gone.layers
     lines = (*before, LayerPlan(min(blocks, key=told.__getitem__), "bypass"))
     plan = Plan(Prune(structure="block"), lines)
-    left = _macs(original, dc.replace(plan, layers=lines[-1:])) / original.costs["macs"]
+    left = _macs(original, dc.replace(plan, layers=lines[-1:])) / original.macs
     return dc.replace(plan, request=Prune(structure="block", macs=left))
 
 

@@ -207,7 +207,7 @@ def _energy(
         ),
     }
     images = np.zeros((original.batch, *original.input_shape), np.float32)
-    eager = open_session(original.module, engine="torch", threads=original.threads)
+    eager = open_session(original.as_given, engine="torch", threads=original.threads)
     measured = {
         name: energy.measured_energy(
             functools.partial(run, images), original.batch, seconds=ENERGY_SECONDS

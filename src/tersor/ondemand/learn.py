@@ -167,7 +167,7 @@ class _Training:
         """The original; where the processor trains, in integers: the student then has the time that is saved."""
         answers = self.wanted.teacher
         if answers is None or training_device().type != "cpu":
-            return self.original.eager
+            return self.original.whole
         return EngineTeacher([open_session(answers, threads=self.original.threads)])
 
 

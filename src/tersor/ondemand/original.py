@@ -46,14 +46,16 @@ INPUTS, LOGITS = "inputs.npy", "logits.npy"
 class Original:
     """The network as it was given, and what was measured of it.
 
-    `module` is in eval mode, with exact folds made where `folded`. `inputs` (N, C, H, W) float32 calibrate; `held`,
-    other ones, judge, with `labels` where these are used, and `logits` are the original's on them. `costs` holds
-    size_bytes (its weights and buffers in float32), latency_ms (PyTorch eager float32), macs and energy_mj;
-    `engine_ms` is the float graph's time on ONNX Runtime. `data` says in words what inputs these are; `notes` what
-    a reader must know. Where blocks went before a search, `gone` is their plan, `module` and `graph` are without them,
-    and `given` is the network with them.
+    `as_given` is in eval mode; `module` too, with exact folds made where `folded`. `inputs` (N, C, H, W) float32
+    calibrate; `held`, other ones, judge, with `labels` where these are used, and `logits` are the original's on them.
+    `costs` are those of the network as it was given: size_bytes (its weights and buffers in float32), latency_ms
+    (PyTorch eager float32), macs and energy_mj; `macs` and `engine_ms` (the float graph's time on ONNX Runtime) are
+    those after the folds. `data` says in words what inputs these are; `notes` what a reader must know. Where blocks
+    went before a search, `gone` is their plan, `module` and `graph` are without them, and `with_blocks` is the folded
+    network with them.
     """
 
+    as_given: nn.Module
     module: nn.Module
     splits: Splits
     graph: onnx.ModelProto
@@ -62,6 +64,7 @@ class Original:
     labels: npt.NDArray[np.int64] | None
     logits: FloatArray
     costs: Mapping[str, float]
+    macs: float
     engine_ms: float
     batch: int
     threads: int
@@ -70,19 +73,19 @@ class Original:
     folded: tuple[str, ...]
     notes: tuple[str, ...]
     by_estimate: bool = False
-    given: nn.Module | None = None
+    with_blocks: nn.Module | None = None
     gone: Plan | None = None
 
     @property
-    def eager(self) -> nn.Module:
-        """The network as it was given, which all times are compared with."""
-        return self.module if self.given is None else self.given
+    def whole(self) -> nn.Module:
+        """The network that gives the original's answers, at less cost than `as_given` where something was folded."""
+        return self.module if self.with_blocks is None else self.with_blocks
 
     def without(self, gone: Plan) -> Original:
         """The same to compare with, but a search starts from the network without the blocks that `gone` removes."""
-        module = restructured(self.eager, gone)
+        module = restructured(self.whole, gone)
         graph = deployment_graph(module, self.input_shape)
-        return dc.replace(self, module=module, graph=graph, given=self.eager, gone=gone)
+        return dc.replace(self, module=module, graph=graph, with_blocks=self.whole, gone=gone)
 
     def judged_pt(self, drop: Drop) -> float:
         """What a budget's drop is held against: see Drop.judged_pt; `by_estimate` takes the estimate."""
@@ -133,13 +136,16 @@ def measured_original(
     watch: Watch,
 ) -> Original:
     """Fold exactly, run and time the original."""
-    module, synthetic = given.module, given.splits is None
+    as_given, synthetic = given.module, given.splits is None
     splits = given.splits if given.splits is not None else _made(given, seed, kept, watch)
     watch("the original: its graph, answers and time", 0.0)
-    require_finite(module)
+    require_finite(as_given)
+    module = copy.deepcopy(as_given)
     folded = tuple(
         fold.linear for fold in fold_copies_(module, torch.zeros(2, *splits.input_shape))[0]
     )
+    if not folded:
+        module = as_given
     graph = deployment_graph(module, splits.input_shape)
     inputs = splits.normalise(splits.train.images[: effort.num_calibration])
     held = splits.normalise(splits.validation.images[: effort.num_held])
@@ -154,24 +160,26 @@ def measured_original(
                 f"the network gives outputs of shape {logits.shape}, or NaN or infinity, for the inputs of "
                 f"{splits.name}; finite logits (N, classes) are compared here"
             )
-        sessions = {EAGER: open_session(module, engine="torch", threads=threads), FLOAT: engine}
+        sessions = {EAGER: open_session(as_given, engine="torch", threads=threads), FLOAT: engine}
         seconds = effort.timing_seconds
         times = time_apart(sessions, splits.input_shape, budget.batch, seconds=seconds)
         write_array(place / LOGITS, logits)
         return {"latency_ms": times[EAGER].median_ms, "engine_ms": times[FLOAT].median_ms}
 
     times, place = kept.piece("original", {}, run)
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = [*as_given.parameters(), *as_given.buffers()]
     size = 4.0 * sum(t.numel() for t in tensors if t.is_floating_point())
     macs = macs_of(graph)
+    before = macs + sum(_weights(as_given, name) - _weights(module, name) for name in folded)
     costs = {
         "size_bytes": size,
         "latency_ms": times["latency_ms"],
-        "macs": macs,
-        "energy_mj": counted_energy_mj(macs, size, integers=False, batch=budget.batch),
+        "macs": before,
+        "energy_mj": counted_energy_mj(before, size, integers=False, batch=budget.batch),
     }
     notes, words = _told(splits, labels, synthetic, len(held))
     return Original(
+        as_given,
         module,
         splits,
         graph,
@@ -180,6 +188,7 @@ def measured_original(
         None if labels is None else labels[: len(held)],
         read_array(place / LOGITS),
         costs,
+        macs,
         times["engine_ms"],
         budget.batch,
         threads,
@@ -193,6 +202,10 @@ def measured_original(
 def macs_of(graph: onnx.ModelProto) -> float:
     """Multiplications of one run on one input."""
     return float(sum(layer.macs for layer in graph_layers(graph)))
+
+
+def _weights(module: nn.Module, linear: str) -> int:
+    return module.get_parameter(f"{linear}.weight").numel()
 
 
 def _module(model: nn.Module | str, weights: Any, num_classes: int | None, seed: int) -> nn.Module:

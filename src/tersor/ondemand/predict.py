@@ -186,7 +186,7 @@ class Predictor:
         if self.family is None or not units:
             return 0.0
         macs = self.macs * self._macs_left(units)
-        left = macs / (LEARNT_MACS * self.original.costs["macs"])
+        left = macs / (LEARNT_MACS * self.original.macs)
         harms, drops = self._drops
         return float(np.interp(LEARNT_PT / left**2, drops, harms))
 

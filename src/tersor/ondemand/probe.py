@@ -35,7 +35,7 @@ def probed(
     sessions = {
         engine: open_session(small, engine=engine, threads=original.threads) for engine in engines
     }
-    eager = open_session(original.eager, engine="torch", threads=original.threads)
+    eager = open_session(original.as_given, engine="torch", threads=original.threads)
     times = time_apart(
         {EAGER: eager, **sessions}, original.input_shape, original.batch, seconds=seconds
     )
