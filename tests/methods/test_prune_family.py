@@ -46,24 +46,20 @@ def widths(family, units):
     return {g.name: g.num_units - len(units[g.name]) for g in family.ranked.groups}
 
 
-def equal_within(family, limit):
-    return family.ranked.at(family._equal_share(limit))
-
-
 @pytest.mark.parametrize("part", [0.15, 0.3, 0.5, 0.7, 0.9])
 def test_a_busy_network_keeps_the_cost_and_has_more_multiplications_than_equal_widths(family, part):
     share = family.least_share + part * (1 - family.least_share)
     units = family.busiest(share)
     limit = share * family.whole
     assert family.cost(units) <= limit
-    assert family.macs(units) >= family.macs(equal_within(family, limit))
+    assert family.macs(units) >= family.macs(family._equal(limit))
     for group in family.ranked.groups:
         step = family.ranked.lowest(group, max(len(units[group.name]) - 1, 0))
         wider = {**units, group.name: step}
         within = family.cost(wider) <= limit and len(step) < len(units[group.name])
         floor = family.cost(family.ranked.at(1.0))
         bound = floor + prune_family.EQUAL * (limit - floor)
-        equal = widths(family, equal_within(family, bound))[group.name]
+        equal = widths(family, family._equal(bound))[group.name]
         most = max(prune_family.WIDER * equal, equal + family.spec.multiple_of)
         assert not within or group.num_units - len(step) > most, "what was left could be used"
         assert widths(family, units)[group.name] <= most
@@ -99,6 +95,16 @@ def test_a_hidden_layer_of_one_vector_is_no_wider_than_what_it_reads(tokens, sha
         assert not family._of_vectors and left["first"] > left["features"]
     else:
         assert left["features"] >= left["first"] >= left["second"] > 0
+
+
+def test_a_hidden_layer_may_be_wider_than_the_network_s_own_inputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+    net.append(nn.Linear(256, 10))
+    images = np.random.default_rng(0).standard_normal((16, 1, 2, 2)).astype(np.float32)
+    family = ChannelFamily(net.eval(), images, torch.zeros(1, 1, 2, 2))
+    first, second = widths(family, family.busiest(0.3)).values()
+    assert first >= second > 4
 
 
 def test_more_cost_gives_more_multiplications_and_all_the_whole(family):

@@ -117,7 +117,7 @@ class ChannelFamily:
         if share >= 1:
             return self._none()
         limit = self._limit(share)
-        start = self.ranked.at(self._equal_share(limit))
+        start = self._equal(limit)
         return allocated(
             self.ranked.groups, self.harms, self.ranked.lowest, self.cost, limit, start
         )
@@ -135,10 +135,8 @@ class ChannelFamily:
         if share >= 1:
             return self._none()
         limit = self._limit(share)
-        share = self._equal_share(
-            self._narrowest + EQUAL * (limit - self._narrowest), self._bounded
-        )
-        equal = current = self._bounded(self.ranked.at(share))
+        most = self._narrowest + EQUAL * (limit - self._narrowest)
+        equal = current = self._equal(most, self._bounded)
         while True:
             cost, macs = self.cost(current), self.macs(current)
             wider = self._wider(current, equal)
@@ -184,7 +182,8 @@ class ChannelFamily:
 
     @functools.cached_property
     def _of_vectors(self) -> dict[str, dict[str, nn.Linear]]:
-        """The layers of each group that only linear layers make, of one vector an input (not of many, as tokens)."""
+        """The layers of each group that only linear layers make, of one vector an input (not of many, as tokens), which
+        reads channels that may go (not the network's own inputs)."""
         linear = {n: m for n, m in self.module.named_modules() if isinstance(m, nn.Linear)}
         vectors: set[str] = set()
 
@@ -196,11 +195,17 @@ class ChannelFamily:
             self.module(self.trials.images[0][:1])
         for hook in hooks:
             hook.remove()
+        read = {
+            m.name.removesuffix(".weight")
+            for group in self.ranked.groups
+            for m in group.members
+            if m.role == "input" and m.axis == 1
+        }
         found = {}
         for group in self.ranked.groups:
             made = {m.name for m in group.members if m.role == "output" and m.axis == 0}
             layers = {n.removesuffix(".weight") for n in made if n.endswith(".weight")}
-            if layers and layers <= vectors:
+            if layers and layers <= vectors & read:
                 found[group.name] = {name: linear[name] for name in layers}
         return found
 
@@ -215,14 +220,14 @@ class ChannelFamily:
             )
         return limit
 
-    def _equal_share(self, limit: float, made: Callable[[Units], Units] = lambda u: u) -> float:
-        """The smallest share of units, the same of every group, that keeps the limit; `made` of them is priced."""
+    def _equal(self, limit: float, more: Callable[[Units], Units] = dict) -> Units:
+        """The smallest share of units, the same of every group, that keeps the limit, with what `more` adds to it."""
         low, high = 0.0, 1.0
         for _ in range(12):
             middle = (low + high) / 2
-            cost = self.cost(made(self.ranked.at(middle)))
+            cost = self.cost(more(self.ranked.at(middle)))
             low, high = (low, middle) if cost <= limit else (middle, high)
-        return high
+        return more(self.ranked.at(high))
 
     def harm(self, units: Units) -> float:
         """The KL divergence (nats) of the network without `units` from the original, batch norms on the images' own
