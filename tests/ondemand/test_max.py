@@ -103,7 +103,7 @@ def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
     monkeypatch.setattr(learn, "finetune", spied)
     family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
     plan = family.plan(family.units(0.5))
-    wanted = Wanted(0.5, plan, 3.0, labelled=labelled)
+    wanted = Wanted(0.5, plan, 6.0, labelled=labelled)
     monkeypatch.setattr(learn, "ANSWERING", 0.0)  # of the time: with labels no teacher is heard
     made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     assert made.epochs > 0
@@ -239,6 +239,22 @@ def test_what_learns_from_labels_loses_with_the_square_of_its_multiplications(tr
     before = predictor._expected_loss(narrow)
     predictor.hear_network(narrow, 2 * before)
     assert predictor.form(narrow).harm == pytest.approx(2 * before + predictor.activations)
+
+
+@pytest.mark.parametrize(
+    "left, labels, another", [(240, True, False), (260, True, True), (240, False, True)]
+)
+def test_after_a_network_that_learnt_another_begins_only_with_a_quarter_of_its_time(
+    trying, known, left, labels, another
+):
+    search = trying({}, effort="max")
+    choice = {**known.first.choice, "labels": labels}
+    search.made.append(dc.replace(known.first, choice=choice, seconds=1000.0))
+    search.clock.limit = search.clock.passed + left
+    assert search._time_for_another(10.0) is another
+    assert not search._time_for_another(250.0), (
+        "nor with less than the last took beside its training"
+    )
 
 
 def test_a_network_that_learnt_from_labels_harms_as_much_as_it_loses(trying, known):

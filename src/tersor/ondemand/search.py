@@ -39,6 +39,8 @@ AHEAD = 4  # networks that are made at once where there are workers
 TEACHER_KL = 1e-3  # nats: a teacher so near the original is as good
 PROBES = 8  # networks whose time is measured before one of them is made
 AFTER_SHARE = 1.3  # of the time of the last candidate must be left for another
+# Of the time of a network that learnt from labels; one that learns for less is seldom the better one.
+AGAIN_SHARE = 0.25
 UNBUILT = (MemoryError, EngineError, ModelError)  # what ends a candidate, not the search
 Record = Callable[[dict[str, Any]], None]
 
@@ -191,7 +193,7 @@ class Search:
                 key = (point.form.choice, (8,))
             if axis:
                 self._missed.add(point.form.choice)
-            if number > 1 and self.clock.left < AFTER_SHARE * last:
+            if number > 1 and not self._time_for_another(last):
                 break
             if key in tried:
                 if axis and len(self._missed) < len(self.predictor.forms()):
@@ -202,6 +204,11 @@ class Search:
             self._build(number, point, bits)
             last = self.clock.passed - before - self._making
         return self.found()
+
+    def _time_for_another(self, last: float) -> bool:
+        """Whether there is, after a candidate that took `last` seconds without its training."""
+        learnt = [each.seconds for each in self.made if each.choice.get("labels")]
+        return self.clock.left >= max(AFTER_SHARE * last, AGAIN_SHARE * max(learnt, default=0.0))
 
     def found(self) -> Found:
         """The best of what was measured, and the front around it."""
