@@ -38,11 +38,11 @@ import tersor
 from network_names import epochs_of, piece_name
 from squeeze_figure import drawn, pyplot_words
 from squeeze_peers import deep_compression, packed_bytes, published
+from tables_common import rows_of
 from tersor.bench.environment import environment
 from tersor.methods.squeezing import squeeze
 from tersor.pipeline import deployment_graph, quantize_graph
 
-ROWS = pathlib.Path(__file__).parents[1] / "results" / "squeeze.json"
 KEYS = ("model", "form", "seed", "part")
 
 
@@ -173,7 +173,7 @@ def make(form, module, graph, splits, options, place):
         masks = {n: p != 0 for n, p in module.named_parameters() if p.ndim > 1}
         if all(mask.float().mean() > 0.99 for mask in masks.values()):
             masks = {}  # channels went: what is 0 is so by chance
-        trained = epochs_of(stem, json.loads(ROWS.read_text())["rows"])
+        trained = epochs_of(stem, rows_of("squeeze.json")["rows"])
     request = tersor.Squeeze(**{"num_calibration": options.images, "seed": options.seed} | fields)
     provenance = {"model": options.model, "data": splits.name}
     checkpoint = place.with_suffix(".checkpoint")

@@ -16,6 +16,11 @@ SMALL_FILES = (
     ("resnet18", 192 << 10, 0.2, None),
     ("resnet18", 5 * MIB // 2, 0.5, 600),
 )
+# Epochs are those of training for this file; labels: whether any were read.
+OUTCOME = [
+    *("network", "form", "bytes", "times smaller", "accuracy", "difference"),
+    *("epochs", "labels"),
+]
 
 
 def coding(told):
@@ -65,13 +70,7 @@ def squeezed(told):
     """Every row of a small file, with how it was made and judged."""
     lines = [
         [
-            NAMES.get(row["model"], row["model"]),
-            words_of(row),
-            f"{row['size_bytes']:,}",
-            f"{row['float_bytes'] / row['size_bytes']:.1f}",
-            f"{row['accuracy']:.2%}",
-            change(row),
-            *training(row),
+            *outcome(row),
             # a resumed training counts the seconds before it was stopped too
             f"{max(row['seconds'], row.get('training_s', 0)):,.0f}",
             f"{row['engine']}, {row['threads']}",
@@ -89,19 +88,7 @@ def squeezed(told):
         "thread beside other work, training included; engine and threads are those that judged. "
         f"{where(first)}. The curve is in [results.md](results.md#bytes-against-accuracy).\n\n"
         + table(
-            [
-                "network",
-                "form",
-                "bytes",
-                "times smaller",
-                "accuracy",
-                "difference",
-                "epochs",
-                "labels",
-                "seconds",
-                "engine, threads",
-                "file",
-            ],
+            [*OUTCOME, "seconds", "engine, threads", "file"],
             lines,
         )
         + "\n"
@@ -111,20 +98,8 @@ def squeezed(told):
 
 def bytes_and_accuracy(told):
     """The section of docs/results.md: the curve, what was meant to be reached, and what others published."""
-    lines = [
-        [
-            NAMES.get(row["model"], row["model"]),
-            words_of(row),
-            f"{row['size_bytes']:,}",
-            f"{row['float_bytes'] / row['size_bytes']:.1f}",
-            f"{row['accuracy']:.2%}",
-            change(row),
-            *training(row),
-        ]
-        for row in told["rows"]
-    ]
+    lines = [outcome(row) for row in told["rows"]]
     first = told["rows"][0]
-    header = ["network", "form", "bytes", "times smaller", "accuracy", "difference"]
     return (
         "## Bytes against accuracy\n\n"
         f"One file each, all that is needed to run it counted; {first['data']}, n = {first['num_samples']:,}, "
@@ -132,13 +107,27 @@ def bytes_and_accuracy(told):
         "with its paired 95 % interval. Labels: whether any were read. How each was made, and its seconds: "
         "[benchmarks.md](benchmarks.md#the-smallest-files).\n\n"
         "![Accuracy against bytes, and published sizes](squeeze.svg)\n\n"
-        + table([*header, "epochs", "labels"], lines)
+        + table(OUTCOME, lines)
         + "\nWhat this project set itself, each by the smallest file within the loss allowed (a loss is judged by its "
         "measured value):\n\n"
         + table(["network", "at most", "loss at most", "measured", "verdict"], goals(told["rows"]))
         + "\n"
         + published(told)
     )
+
+
+def outcome(row):
+    """What a row's file is and does, under the heads OUTCOME."""
+    return [
+        NAMES.get(row["model"], row["model"]),
+        words_of(row),
+        f"{row['size_bytes']:,}",
+        f"{row['float_bytes'] / row['size_bytes']:.1f}",
+        f"{row['accuracy']:.2%}",
+        change(row),
+        f"{row.get('epochs', 0):g}",
+        "yes" if row.get("labels") else "no",
+    ]
 
 
 def words_of(row):
@@ -153,11 +142,6 @@ def words_of(row):
     if stem is None:
         return f"Tersor, `{form}`"
     return f"Tersor, `{form.replace(stem.group(), '')}` after {made_by(stem.group(1))}"
-
-
-def training(row):
-    """Epochs of training for this file, and whether labels were read."""
-    return f"{row.get('epochs', 0):g}", "yes" if row.get("labels") else "no"
 
 
 def piece(row):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from tersor.errors import ModelError
@@ -16,6 +15,7 @@ from tersor.graph.coupling import coupled_groups
 from tersor.graph.groups import Coupling, Removed
 from tersor.graph.labels import named_tensors
 from tersor.graph.surgery import lines_of, removed
+from tersor.methods.layer_outputs import observe_outputs
 from tersor.methods.prune_auto import Units, allocated, group_harms
 from tersor.methods.prune_structured import (
     Ranked,
@@ -163,51 +163,44 @@ class ChannelFamily:
     def _bounded(self, units: Units) -> Units:
         """`units`, and of fully connected groups as many more as make them no wider than what they read."""
         bounded = dict(units)
-        for group in self.ranked.groups:  # in the order of the layers: each may bound the next
-            most = self._read(bounded).get(group.name, group.num_units)
-            if group.num_units - len(bounded[group.name]) > most:
-                bounded[group.name] = self.ranked.lowest(group, group.num_units - most)
+        for name in self._of_vectors:  # in the order of the layers: each may bound the next
+            group, most = self.found[name], self._read(bounded)[name]
+            if group.num_units - len(bounded[name]) > most:
+                bounded[name] = self.ranked.lowest(group, group.num_units - most)
         return bounded
 
     def _read(self, units: Units) -> dict[str, int]:
-        """How many values the layers of a fully connected group read, without `units`."""
+        """How many values the layers of each fully connected group read, without `units`."""
+        if not self._of_vectors:
+            return {}
         kept: Mapping[tuple[str, int], Any] = self.found.kept(units)
-        return {
-            group: min(
-                len(kept.get((f"{name}.weight", 1), range(layer.in_features)))
-                for name, layer in layers.items()
-            )
-            for group, layers in self._of_vectors.items()
-        }
+
+        def columns(layer: str) -> int:
+            weight = f"{layer}.weight"
+            return len(kept.get((weight, 1), range(self.module.get_parameter(weight).shape[1])))
+
+        return {group: min(map(columns, layers)) for group, layers in self._of_vectors.items()}
 
     @functools.cached_property
-    def _of_vectors(self) -> dict[str, dict[str, nn.Linear]]:
+    def _of_vectors(self) -> dict[str, list[str]]:
         """The layers of each group that only linear layers make, of one vector an input (not of many, as tokens), which
         reads channels that may go (not the network's own inputs)."""
-        linear = {n: m for n, m in self.module.named_modules() if isinstance(m, nn.Linear)}
-        vectors: set[str] = set()
-
-        def told(name: str) -> Callable[..., None]:
-            return lambda layer, inputs, output: vectors.add(name) if output.ndim == 2 else None
-
-        hooks = [layer.register_forward_hook(told(name)) for name, layer in linear.items()]
-        with torch.inference_mode():
-            self.module(self.trials.images[0][:1])
-        for hook in hooks:
-            hook.remove()
+        linear = {n for n, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+        members = [(g.name, m) for g in self.ranked.groups for m in g.members]
         read = {
-            m.name.removesuffix(".weight")
-            for group in self.ranked.groups
-            for m in group.members
-            if m.role == "input" and m.axis == 1
+            m.name.removesuffix(".weight") for _, m in members if m.role == "input" and m.axis == 1
         }
-        found = {}
-        for group in self.ranked.groups:
-            made = {m.name for m in group.members if m.role == "output" and m.axis == 0}
-            layers = {n.removesuffix(".weight") for n in made if n.endswith(".weight")}
-            if layers and layers <= vectors & read:
-                found[group.name] = {name: linear[name] for name in layers}
-        return found
+        made: dict[str, list[str]] = {}
+        for group, m in members:
+            if m.role == "output" and m.axis == 0 and m.name.endswith(".weight"):
+                made.setdefault(group, []).append(m.name.removesuffix(".weight"))
+        found = {group: layers for group, layers in made.items() if linear & read >= {*layers}}
+        if not found:
+            return {}
+        names = [name for layers in found.values() for name in layers]
+        seen = observe_outputs(self.module, [self.trials.images[0][:1].numpy()], names)
+        many = {name for name, ran in seen.items() if ran.positions > ran.calls}
+        return {group: layers for group, layers in found.items() if many.isdisjoint(layers)}
 
     def _none(self) -> Units:
         return {group.name: np.zeros(0, np.int64) for group in self.ranked.groups}
