@@ -36,6 +36,7 @@ _HOMES = {
     "export_onnx": "graph.export",
     "factorize": "methods.factorize",
     "finetune": "methods.finetune",
+    "fitted_dropout": "methods.dropout",
     "load": "loading",
     "load_data": "data",
     "load_model": "models",

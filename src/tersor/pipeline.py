@@ -29,6 +29,7 @@ from tersor.methods import prune as pruning
 from tersor.methods import prune_structured as structured
 from tersor.methods import quantize as quantization
 from tersor.methods import share as sharing
+from tersor.methods.dropout import fitted_dropout
 from tersor.methods.finetune import Progress, Trained, finetune
 from tersor.methods.quantize_aware import quantize_aware
 from tersor.methods.reestimate import augmentation_of, reestimate_batch_norm
@@ -278,12 +279,14 @@ class _Recovery:
             fresh = reestimate_batch_norm(changed, self.inputs, augment=self.augmentation)
         tuned = None
         if self.training is not None:
+            first = self.teacher or self.original
+            example = torch.zeros(1, *self.splits.input_shape)
             tuned = finetune(
-                fresh or changed,
+                fitted_dropout(fresh or changed, first, example),
                 self.splits,
                 self.training,
                 masks=masks,
-                teacher=(self.teacher or self.original) if self.training.needs_teacher else None,
+                teacher=first if self.training.needs_teacher else None,
                 checkpoint=checkpoint or self.checkpoint,
                 on_progress=self.on_progress,
             )

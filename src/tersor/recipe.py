@@ -18,6 +18,7 @@ from tersor.data.arrays import Splits
 from tersor.errors import SpecError
 from tersor.graph.constants import Array
 from tersor.methods.checkpoint import read_state_, remove_checkpoints, state_bytes, write_state
+from tersor.methods.dropout import fitted_dropout
 from tersor.methods.finetune import Progress, finetune
 from tersor.methods.restore import restructured, unheld
 from tersor.methods.squeezing import squeeze
@@ -141,8 +142,9 @@ def run_recipe(
             if not isinstance(step, Finetune):
                 changed = _changed(current, splits, step, recipe)
                 return changed.module, changed.plan
+            example = torch.zeros(1, *splits.input_shape)
             trained = finetune(
-                current,
+                fitted_dropout(current, module, example),
                 splits,
                 step,
                 masks=masks or None,

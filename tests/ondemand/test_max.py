@@ -1,10 +1,12 @@
 """What efforts that train do besides: times before they train, and labels where there are some."""
 
+import copy
 import dataclasses as dc
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tersor.artifact import load
 from tersor.engines import open_session
@@ -109,6 +111,30 @@ def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
     assert made.epochs > 0
     assert asked and set(asked) == {(0.0, None) if labelled else (1.0, original.module)}
     assert (made.drop is not None and made.drop.labelled) if labelled else made.drop is None
+
+
+def test_what_became_narrower_learns_with_less_dropout(original, tmp_path, monkeypatch):
+    trained = []
+    real = learn.finetune
+
+    def spied(module, *given, **options):
+        trained.append(module)
+        return real(module, *given, **options)
+
+    monkeypatch.setattr(learn, "finetune", spied)
+    dropping = copy.deepcopy(original.module)
+    dropping.classifier[1] = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
+    changed = dc.replace(original, module=dropping)
+    family = ChannelFamily(dropping, original.inputs[:64], example_of(original))
+    plan = family.plan(family.units(0.3))
+    build.network(
+        changed, Wanted(0.3, plan, 4.0, labelled=True), Kept(tmp_path, Clock(1.0)), silent
+    )
+    assert trained
+    for module in trained:
+        units = module.classifier[0].out_features
+        assert units < 128 and module.classifier[1][1].p == pytest.approx(0.5 * units / 128)
+    assert dropping.classifier[1][1].p == 0.5
 
 
 @pytest.mark.parametrize("memory, views", [(1 << 30, True), (1000, False)])

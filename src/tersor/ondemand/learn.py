@@ -14,12 +14,13 @@ from torch import nn
 from tersor.engines import open_session
 from tersor.methods.batches import Batches
 from tersor.methods.device import on_device, training_device
+from tersor.methods.dropout import fitted_dropout
 from tersor.methods.finetune import finetune
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.teachers import EngineTeacher
 from tersor.ondemand.effort import Watch
 from tersor.ondemand.kept import Kept
-from tersor.ondemand.network import Network, Wanted, batches_of, judged
+from tersor.ondemand.network import Network, Wanted, batches_of, example_of, judged
 from tersor.ondemand.original import Original
 from tersor.specs import Finetune
 
@@ -65,6 +66,8 @@ def learned(
     """`made` after the time to learn that is `wanted`; itself where the original's answers made it no better. The
     training goes on from `checkpoint`."""
     recipe = LABELLED if wanted.labelled else TRAINING if made.harm_kl < NEAR_KL else FAR
+    module = fitted_dropout(made.module, original.module, example_of(original))
+    made = dc.replace(made, module=module)
     module, epochs = _Training(original, wanted, recipe, watch, kept).trained(made, checkpoint)
     found = judged(original, wanted, module, epochs)
     # Of labels much is learnt that the original does not answer; of the original nothing that it does not.
