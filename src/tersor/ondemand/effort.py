@@ -39,7 +39,7 @@ EFFORTS = {
     for effort in (
         Effort("quick", 2, False, 512, 2000, 8),
         Effort("standard", 15, True, 1024, 5000, 8, 0.8),
-        Effort("max", 120, True, 1024, 5000, 12, 0.85, learns_labels=True),
+        Effort("max", 120, True, 1024, 5000, 12, 0.92, learns_labels=True),
     )
 }
 
