@@ -279,14 +279,15 @@ class Loop:
         """The teacher's logits (N, classes) float32, where there is one, and features for the batch of `step`; the
         logits of a batch that comes again are kept."""
         number = self.batches.number(step)
-        if self.teacher is None or number in self._answers:
-            return self._answers.get(number), []
+        if self.teacher is None:
+            return None, []
+        if number in self._answers:
+            return self._answers[number].float(), []
         with torch.no_grad(), self._autocast():
             target, theirs = self.teacher(inputs)
-        target = target.float()
-        if self.spec.views:
-            self._answers[number] = target
-        return target, theirs
+        if self.spec.views:  # as they are when they come again
+            target = self._answers[number] = target.to(torch.bfloat16)
+        return target.float(), theirs
 
     def _moved(self) -> list[nn.Parameter]:
         """The parameters that backward gives gradients."""

@@ -44,7 +44,7 @@ FAR = dc.replace(TRAINING, learning_rate=0.05, weight_decay=5e-4, eval_mode=Fals
 LABELLED = dc.replace(TRAINING, learning_rate=0.1, weight_decay=5e-4, distill=0.0, eval_mode=False)
 # The original, dearer than a small student, answers each of so many epochs once, where that takes at most this share
 # of the time and no more memory; its answers then have this share of the loss.
-VIEWS, FEWEST_VIEWS, ANSWERING, ANSWERS_BYTES, TAUGHT = 8, 4, 0.15, 1 << 30, 0.7
+VIEWS, FEWEST_VIEWS, ANSWERING, ANSWERS_BYTES, TAUGHT = 24, 4, 0.15, 2 << 30, 0.7
 # A second training from what the network itself knew (born again: Furlanello 2018) made ResNet-18 at 2 % of its MACs,
 # 64 epochs old, no better in 41 more.
 FULL_RATE_EPOCHS = 10  # shorter labelled trainings step more lightly
@@ -161,7 +161,7 @@ class _Training:
                 answers.sum().item()
                 started = started or time.perf_counter()
         epoch = per_epoch * (time.perf_counter() - started) / SPEED_STEPS
-        memory = ANSWERS_BYTES // (per_epoch * answers.nelement() * 4)
+        memory = ANSWERS_BYTES // (per_epoch * answers.nelement() * 2)
         views = int(min(VIEWS, ANSWERING * seconds / epoch, memory))
         return epoch, views if views >= FEWEST_VIEWS else 0
 

@@ -32,7 +32,8 @@ class Finetune(Spec, kind="finetune"):
     dropped. For a network that is near its goal, to which the batches' own statistics are only noise.
     `views`: the batches of the first so many epochs, images and augmentation, come again and again, and a teacher
     answers each of them once (0: every epoch is new). A teacher then costs little however long the training
-    (Shen 2022, "A fast knowledge distillation framework"); its answers take float32 times images, classes and views.
+    (Shen 2022, "A fast knowledge distillation framework"); its answers, kept in bfloat16, take 2 bytes times images,
+    classes and views.
     `precision` "bf16" is autocast where the processor has it, else float32, and is reported.
     `compile` "auto" times both forms when the run is long enough to repay compiling.
     """
