@@ -107,6 +107,7 @@ def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
     plan = family.plan(family.units(0.5))
     wanted = Wanted(0.5, plan, 6.0, labelled=labelled)
     monkeypatch.setattr(learn, "ANSWERING", 0.0)  # of the time: with labels no teacher is heard
+    monkeypatch.setattr(learn, "TRIAL_STEPS", 2)  # which leaves time to learn on a busy machine too
     made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     assert made.epochs > 0
     assert asked and set(asked) == {(0.0, None) if labelled else (1.0, original.module)}
