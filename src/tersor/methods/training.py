@@ -32,6 +32,7 @@ Masks = Mapping[str, torch.Tensor]
 KEEP_EVERY = 50  # steps between copies of the state that a loss of NaN goes back to
 MOST_FALLS = 3
 RATE_AFTER_FALL = 0.25
+ANSWER_DTYPE = torch.bfloat16  # of a teacher's answers that are kept
 
 
 @dc.dataclass
@@ -286,7 +287,7 @@ class Loop:
         with torch.no_grad(), self._autocast():
             target, theirs = self.teacher(inputs)
         if self.spec.views:  # as they are when they come again
-            target = self._answers[number] = target.to(torch.bfloat16)
+            target = self._answers[number] = target.to(ANSWER_DTYPE)
         return target.float(), theirs
 
     def _moved(self) -> list[nn.Parameter]:

@@ -18,6 +18,7 @@ from tersor.methods.dropout import fitted_dropout
 from tersor.methods.finetune import finetune
 from tersor.methods.reestimate import reestimate_batch_norm
 from tersor.methods.teachers import EngineTeacher
+from tersor.methods.training import ANSWER_DTYPE
 from tersor.ondemand.effort import Watch
 from tersor.ondemand.kept import Kept
 from tersor.ondemand.network import Network, Wanted, batches_of, example_of, judged
@@ -66,9 +67,9 @@ def learned(
     """`made` after the time to learn that is `wanted`; itself where the original's answers made it no better. The
     training goes on from `checkpoint`."""
     recipe = LABELLED if wanted.labelled else TRAINING if made.harm_kl < NEAR_KL else FAR
-    module = fitted_dropout(made.module, original.module, example_of(original))
-    made = dc.replace(made, module=module)
-    module, epochs = _Training(original, wanted, recipe, watch, kept).trained(made, checkpoint)
+    narrow = fitted_dropout(made.module, original.module, example_of(original))
+    training = _Training(original, wanted, recipe, watch, kept)
+    module, epochs = training.trained(dc.replace(made, module=narrow), checkpoint)
     found = judged(original, wanted, module, epochs)
     # Of labels much is learnt that the original does not answer; of the original nothing that it does not.
     return found if wanted.labelled or found.harm_kl < made.harm_kl else made
@@ -161,7 +162,7 @@ class _Training:
                 answers.sum().item()
                 started = started or time.perf_counter()
         epoch = per_epoch * (time.perf_counter() - started) / SPEED_STEPS
-        memory = ANSWERS_BYTES // (per_epoch * answers.nelement() * 2)
+        memory = ANSWERS_BYTES // (per_epoch * answers.nelement() * ANSWER_DTYPE.itemsize)
         views = int(min(VIEWS, ANSWERING * seconds / epoch, memory))
         return epoch, views if views >= FEWEST_VIEWS else 0
 
