@@ -120,6 +120,7 @@ BAD = [
     (Finetune, "small_epochs", [-1, 11, math.nan, "x"]),
     (Finetune, "small_size", [-1, "x"]),
     (Finetune, "augment", ["flip", None]),
+    (Finetune, "cutout", [-0.1, 1, math.nan, "x"]),
     (Finetune, "distill", [-0.1, 1.1, math.nan, "x"]),
     (Finetune, "temperature", [0, -1, math.inf]),
     (Finetune, "precision", ["fp16", None]),

@@ -16,7 +16,7 @@ from tersor.errors import DataError, ModelError, RunError
 from tersor.methods import training as loop
 from tersor.methods.batches import Batches
 from tersor.methods.finetune import finetune, training_accuracy
-from tersor.methods.steps import augmented, learning_rate
+from tersor.methods.steps import augmented, cut_out, learning_rate
 from tersor.models import load_model
 from tersor.specs import Finetune
 
@@ -458,6 +458,44 @@ def test_augmentation_depends_on_its_generator_alone(augment):
 def test_no_augmentation_is_the_input_itself():
     pixels = torch.randn(2, 1, 8, 8)
     assert augmented(pixels, "none", torch.Generator()) is pixels
+
+
+@pytest.mark.parametrize("share", [0.1, 0.375, 0.9])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 8, 31)])
+def test_cutout_takes_one_square_from_each_image_its_centre_anywhere(share, shape):
+    pixels = torch.rand(60, *shape, generator=torch.Generator().manual_seed(0)) + 1
+    found = cut_out(pixels, share, torch.Generator().manual_seed(1))
+    _, high, wide = shape
+    tall, broad = round(share * high), round(share * wide)
+    squares = [
+        (
+            max(y - tall // 2, 0),
+            y - tall // 2 + tall,
+            max(x - broad // 2, 0),
+            x - broad // 2 + broad,
+        )
+        for y in range(high)
+        for x in range(wide)
+    ]
+    chosen = []
+    for image, result in zip(pixels, found, strict=True):
+        options = []
+        for top, bottom, left, right in set(squares):
+            option = image.clone()
+            option[:, top:bottom, left:right] = 0
+            if torch.equal(option, result):
+                options.append((top, left))
+        assert options, "one of the squares gives this image"
+        chosen += options[:1]
+    assert len(set(chosen)) > 15, "and it varies"
+
+
+def test_of_several_processes_each_cuts_out_what_one_would():
+    pixels = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = cut_out(pixels, 0.5, torch.Generator().manual_seed(3))
+    for part in (slice(0, 5), slice(5, 12)):
+        generator = torch.Generator().manual_seed(3)
+        assert torch.equal(cut_out(pixels[part], 0.5, generator, part, 12), whole[part])
 
 
 def test_training_accuracy_counts_right_answers():

@@ -554,6 +554,15 @@ class Counted(nn.Module):
         return self
 
 
+def test_cutout_is_done_after_the_augmentation_and_to_the_training_images_alone():
+    spec = dc.replace(TINY, augment="none")
+    whole = job_of(digits_net(), spec).batches.at(3)
+    images, labels = job_of(digits_net(), dc.replace(spec, cutout=0.5)).batches.at(3)
+    gone = images != whole[0]
+    assert torch.equal(labels, whole[1]) and not images[gone].any()
+    assert gone.flatten(1).any(1).float().mean() > 0.9
+
+
 def test_batches_come_again_after_so_many_epochs_and_not_before():
     batches = job_of(digits_net(), dc.replace(TINY, views=2)).batches
     per_epoch = batches.steps_per_epoch
@@ -606,6 +615,7 @@ OPTIONS = {
     "gradient_topk": dict(gradient_topk=0.05),
     "eval_mode": dict(eval_mode=True),
     "views": dict(views=2, distill=0.5),
+    "cutout": dict(cutout=0.5),
     "all": dict(
         hints=0.3, distill=0.5, slimming=1e-3, stripes=1e-3, gradient_topk=0.1, schedule="cosine"
     ),

@@ -138,6 +138,29 @@ def test_what_became_narrower_learns_with_less_dropout(original, tmp_path, monke
     assert dropping.classifier[1][1].p == 0.5
 
 
+@pytest.mark.parametrize(
+    "least, labelled, cut", [(2, True, True), (3, True, False), (2, False, False)]
+)
+def test_long_trainings_from_labels_cut_squares_out(
+    original, least, labelled, cut, tmp_path, monkeypatch
+):
+    asked = []
+    real = learn.finetune
+
+    def spied(module, splits, spec, **options):
+        asked.append(spec)
+        return real(module, splits, spec, **options)
+
+    monkeypatch.setattr(learn, "finetune", spied)
+    monkeypatch.setattr(learn, "CUTOUT_EPOCHS", least)
+    monkeypatch.setattr(learn._Training, "_tried", lambda *_: (2.0, 0.01, 0))
+    family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
+    wanted = Wanted(0.5, family.plan(family.units(0.5)), 1.0, labelled=labelled)
+    build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
+    (spec,) = asked
+    assert (spec.epochs, spec.cutout) == (2.0, learn.CUTOUT if cut else 0.0)
+
+
 @pytest.mark.parametrize("memory, views", [(1 << 30, True), (1000, False)])
 def test_beside_labels_the_original_answers_some_epochs_once(
     original, memory, views, tmp_path, monkeypatch

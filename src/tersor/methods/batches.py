@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from tersor.data.arrays import Splits
-from tersor.methods.steps import augmented
+from tersor.methods.steps import augmented, cut_out
 from tersor.methods.together import Together
 from tersor.specs import Finetune
 
@@ -42,6 +42,8 @@ class Batches:
         pixels = torch.from_numpy(self.splits.normalise(self.images[index].numpy()))
         generator = torch.Generator().manual_seed(self.spec.seed * 7_368_787 + step)
         pixels = augmented(pixels, self.spec.augment, generator, part, self.size)
+        if self.spec.cutout:
+            pixels = cut_out(pixels, self.spec.cutout, generator, part, self.size)
         if self.spec.small_size and step < self.spec.small_epochs * self.steps_per_epoch:
             size = (self.spec.small_size, self.spec.small_size)
             pixels = functional.interpolate(pixels, size, mode="bilinear", antialias=True)

@@ -79,3 +79,25 @@ def augmented(
     number = torch.arange(count)[:, None, None]
     cropped = padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]]
     return cropped.permute(0, 3, 1, 2)
+
+
+def cut_out(
+    pixels: torch.Tensor,
+    share: float,
+    generator: torch.Generator,
+    part: slice | None = None,
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """Each image without one square (DeVries and Taylor 2017, "Improved regularization of convolutional neural
+    networks with cutout"): its side is `share` of the image's, its centre anywhere in the image, so that some of it may
+    be outside; zero, the mean, is there instead. Arguments as those of `augmented`."""
+    count, _, height, width = pixels.shape
+    drawn = batch_size or count
+    inside = []
+    for size in (height, width):
+        centre = torch.randint(0, size, (drawn, 1), generator=generator)[part or slice(None)]
+        side = round(share * size)
+        start = centre - side // 2
+        inside.append((torch.arange(size) >= start) & (torch.arange(size) < start + side))
+    rows, columns = inside
+    return pixels.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)

@@ -46,6 +46,10 @@ LABELLED = dc.replace(TRAINING, learning_rate=0.1, weight_decay=5e-4, distill=0.
 # The original, dearer than a small student, answers each of so many epochs once, where that takes at most this share
 # of the time and no more memory; its answers then have this share of the loss.
 VIEWS, FEWEST_VIEWS, ANSWERING, ANSWERS_BYTES, TAUGHT = 24, 4, 0.15, 2 << 30, 0.7
+# In trainings of so many epochs each image is without a square, its side this share of the image's. VGG-16 at 5 % of
+# its MACs on CIFAR-10: 20 epochs become 0.5 points worse by it (labels alone), 60 epochs of a third of the images, of
+# which it knows 96.4 % without and 94.1 % with it, 0.6 points better.
+CUTOUT, CUTOUT_EPOCHS = 0.375, 50
 # A second training from what the network itself knew (born again: Furlanello 2018) made ResNet-18 at 2 % of its MACs,
 # 64 epochs old, no better in 41 more.
 FULL_RATE_EPOCHS = 10  # shorter labelled trainings step more lightly
@@ -94,6 +98,8 @@ class _Training:
             return fitted.module, 0.0
         if views:
             recipe = dc.replace(recipe, views=views, distill=TAUGHT)
+        if self.wanted.labelled and epochs >= CUTOUT_EPOCHS:
+            recipe = dc.replace(recipe, cutout=CUTOUT)
         module = finetune(
             fitted.module,
             self.original.splits,

@@ -31,7 +31,7 @@ SHARES = (
     *(n / 100 for n in range(100, 45, -5)),
     *(0.42, 0.35, 0.3, 0.25, 0.2, 0.16, 0.13, 0.1, 0.08),
 )
-LEARNT_SHARES = (*SHARES[:14], *(round(0.3 * 0.935**n, 4) for n in range(1, 33)))
+LEARNT_SHARES = (*SHARES[:14], *(round(0.3 * 0.967**n, 4) for n in range(1, 65)))
 NOISES = tuple(0.01 * 1.6**n for n in range(16))  # in standard deviations of the logits
 # Of the harm that channels alone make, what is left after the fit by least squares, and after a
 # training; corrected by the first candidate.

@@ -21,6 +21,7 @@ class Finetune(Spec, kind="finetune"):
     `original_epochs` once more (learning-rate rewinding, Renda 2020); cosine: from the peak to zero;
     constant. `small_epochs` epochs at the start run on images of `small_size` pixels (0: none), which
     costs less.
+    `cutout` is the side of a square, as a share of the image's, that each image is without, anywhere (DeVries 2017).
     `distill` is the share of the loss that comes from a teacher's logits, at `temperature`; at 1 no
     labels are used. `hints` is the share that comes from matching the teacher's features inside
     (FitNets, Romero 2015), and distill and labels share the rest; at `hint_layers`, each NAME or
@@ -49,6 +50,7 @@ class Finetune(Spec, kind="finetune"):
     small_size: int = 0
     small_epochs: float = 0.0
     augment: str = "flip_crop"
+    cutout: float = 0.0
     distill: float = 0.0
     temperature: float = 2.0
     precision: str = "bf16"
@@ -75,7 +77,14 @@ class Finetune(Spec, kind="finetune"):
         require(
             self.batch_size >= 2, f"finetune.batch_size must be 2 or more, got {self.batch_size}"
         )
-        for name in ("momentum", "label_smoothing", "warmup", "ema_decay", "gradient_topk"):
+        for name in (
+            "momentum",
+            "label_smoothing",
+            "warmup",
+            "ema_decay",
+            "cutout",
+            "gradient_topk",
+        ):
             value = getattr(self, name)
             require(0 <= value < 1, f"finetune.{name} must be in [0, 1), got {value!r}")
         for name in ("distill", "hints"):
