@@ -554,8 +554,8 @@ class Counted(nn.Module):
         return self
 
 
-def test_cutout_is_done_after_the_augmentation_and_to_the_training_images_alone():
-    spec = dc.replace(TINY, augment="none")
+def test_cutout_takes_from_images_as_they_are_augmented_and_leaves_their_labels():
+    spec = dc.replace(TINY, augment="crop")
     whole = job_of(digits_net(), spec).batches.at(3)
     images, labels = job_of(digits_net(), dc.replace(spec, cutout=0.5)).batches.at(3)
     gone = images != whole[0]

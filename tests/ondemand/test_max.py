@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses as dc
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tersor.ondemand.predict import LEARNT_MACS, LEARNT_PT, STATIC
 from tersor.ondemand.probe import probed
 from tersor.ondemand.search import FREE_PT, LEARNT, TEACHER_KL, Search
 from tersor.search.tradeoff import points
+from tersor.specs import Finetune
 
 
 def silent(text, share):
@@ -41,6 +43,26 @@ def trying(original, known, tmp_path):
         return Search(original, known, asked, chosen, kept, watch=silent, **options)
 
     return made
+
+
+class Training(NamedTuple):
+    module: nn.Module
+    spec: Finetune
+    teacher: nn.Module | None
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Those that networks of a search were given, in their order."""
+    given = []
+    real = learn.finetune
+
+    def spied(module, splits, spec, *, teacher, **options):
+        given.append(Training(module, spec, teacher))
+        return real(module, splits, spec, teacher=teacher, **options)
+
+    monkeypatch.setattr(learn, "finetune", spied)
+    return given
 
 
 def test_a_time_that_was_measured_is_the_prediction_and_moves_the_others(trying):
@@ -93,16 +115,8 @@ def test_the_probe_runs_what_the_plan_leaves(original, known):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
-    original, labelled, tmp_path, monkeypatch
+    original, labelled, trainings, tmp_path, monkeypatch
 ):
-    asked = []
-    real = learn.finetune
-
-    def spied(module, splits, spec, **options):
-        asked.append((spec.distill, options["teacher"]))
-        return real(module, splits, spec, **options)
-
-    monkeypatch.setattr(learn, "finetune", spied)
     family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
     plan = family.plan(family.units(0.5))
     wanted = Wanted(0.5, plan, 6.0, labelled=labelled)
@@ -110,19 +124,12 @@ def test_labels_are_learnt_from_where_the_effort_and_the_user_say_so(
     monkeypatch.setattr(learn, "TRIAL_STEPS", 2)  # which leaves time to learn on a busy machine too
     made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     assert made.epochs > 0
-    assert asked and set(asked) == {(0.0, None) if labelled else (1.0, original.module)}
+    asked = {(each.spec.distill, each.teacher) for each in trainings}
+    assert asked == {(0.0, None) if labelled else (1.0, original.module)}
     assert (made.drop is not None and made.drop.labelled) if labelled else made.drop is None
 
 
-def test_what_became_narrower_learns_with_less_dropout(original, tmp_path, monkeypatch):
-    trained = []
-    real = learn.finetune
-
-    def spied(module, *given, **options):
-        trained.append(module)
-        return real(module, *given, **options)
-
-    monkeypatch.setattr(learn, "finetune", spied)
+def test_what_became_narrower_learns_with_less_dropout(original, trainings, tmp_path):
     dropping = copy.deepcopy(original.module)
     dropping.classifier[1] = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
     changed = dc.replace(original, module=dropping)
@@ -131,8 +138,8 @@ def test_what_became_narrower_learns_with_less_dropout(original, tmp_path, monke
     build.network(
         changed, Wanted(0.3, plan, 4.0, labelled=True), Kept(tmp_path, Clock(1.0)), silent
     )
-    assert trained
-    for module in trained:
+    assert trainings
+    for module, *_ in trainings:
         units = module.classifier[0].out_features
         assert units < 128 and module.classifier[1][1].p == pytest.approx(0.5 * units / 128)
     assert dropping.classifier[1][1].p == 0.5
@@ -142,45 +149,29 @@ def test_what_became_narrower_learns_with_less_dropout(original, tmp_path, monke
     "least, labelled, cut", [(2, True, True), (3, True, False), (2, False, False)]
 )
 def test_long_trainings_from_labels_cut_squares_out(
-    original, least, labelled, cut, tmp_path, monkeypatch
+    original, least, labelled, cut, trainings, tmp_path, monkeypatch
 ):
-    asked = []
-    real = learn.finetune
-
-    def spied(module, splits, spec, **options):
-        asked.append(spec)
-        return real(module, splits, spec, **options)
-
-    monkeypatch.setattr(learn, "finetune", spied)
     monkeypatch.setattr(learn, "CUTOUT_EPOCHS", least)
     monkeypatch.setattr(learn._Training, "_tried", lambda *_: (2.0, 0.01, 0))
     family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
     wanted = Wanted(0.5, family.plan(family.units(0.5)), 1.0, labelled=labelled)
     build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
-    (spec,) = asked
+    ((_, spec, _),) = trainings
     assert (spec.epochs, spec.cutout) == (2.0, learn.CUTOUT if cut else 0.0)
 
 
 @pytest.mark.parametrize("memory, views", [(1 << 30, True), (1000, False)])
 def test_beside_labels_the_original_answers_some_epochs_once(
-    original, memory, views, tmp_path, monkeypatch
+    original, memory, views, trainings, tmp_path, monkeypatch
 ):
     """It answers so many that their share of the time is small, or none where that is too few to learn from."""
-    asked = []
-    real = learn.finetune
-
-    def spied(module, splits, spec, **options):
-        asked.append((spec, options["teacher"]))
-        return real(module, splits, spec, **options)
-
-    monkeypatch.setattr(learn, "finetune", spied)
     monkeypatch.setattr(learn, "ANSWERS_BYTES", memory)
     monkeypatch.setattr(learn, "ANSWERING", 1.0)
     family = ChannelFamily(original.module, original.inputs[:64], example_of(original))
     plan = family.plan(family.units(0.5))
     wanted = Wanted(0.5, plan, 4.0, labelled=True)
     made = build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
-    spec, teacher = asked[-1]
+    _, spec, teacher = trainings[-1]
     assert made.epochs == spec.epochs > 0
     if views:
         assert learn.FEWEST_VIEWS <= spec.views <= learn.VIEWS
@@ -206,7 +197,7 @@ def test_only_max_learns_from_labels_and_says_so(trying, original, monkeypatch):
 
 
 def test_the_teacher_is_the_network_in_integers_while_that_answers_alike(
-    trying, known, original, tmp_path, monkeypatch
+    trying, known, original, trainings, tmp_path
 ):
     def search_of(harm_kl):
         first = dc.replace(known.first, drop=dc.replace(known.first.drop, harm_kl=harm_kl))
@@ -215,21 +206,13 @@ def test_the_teacher_is_the_network_in_integers_while_that_answers_alike(
     far, near = search_of(2 * TEACHER_KL), search_of(0.5 * TEACHER_KL)
     share = far.predictor.shares()[5]
     assert far._wanted(share).teacher is None
-    asked = []
-    real = learn.finetune
-
-    def spied(module, splits, spec, *, teacher, **options):
-        asked.append(teacher)
-        return real(module, splits, spec, teacher=teacher, **options)
-
-    monkeypatch.setattr(learn, "finetune", spied)
     wanted = dc.replace(near._wanted(share), train_seconds=2.0)
     build.network(original, wanted, Kept(tmp_path, Clock(1.0)), silent)
     images = original.inputs[:8]
-    answers = asked[0](torch.from_numpy(images)).numpy()
+    answers = trainings[0].teacher(torch.from_numpy(images)).numpy()
     integers = open_session(load(known.first.path), threads=1).run(images)
     np.testing.assert_allclose(answers, integers, atol=1e-4)
-    assert len(set(map(type, asked))) == 1
+    assert len({type(each.teacher) for each in trainings}) == 1
 
 
 @pytest.mark.parametrize("error", [EngineError("no kernel for it"), MemoryError()])

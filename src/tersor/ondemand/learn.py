@@ -81,7 +81,7 @@ def learned(
 
 @dc.dataclass(frozen=True, eq=False)
 class _Training:
-    """As `wanted` says, for about its seconds: of the recipe the epochs and the rate are chosen here."""
+    """As `wanted` says, for about its seconds: what else of the recipe the time decides is chosen here."""
 
     original: Original
     wanted: Wanted
